@@ -1,0 +1,35 @@
+"""GPU FP8 (e4m3fn) checkpoints on AWS Trainium and Inferentia: in memory, at reading speed, losing nothing."""
+
+from . import conventions, kernel
+from .errors import CheckpointError, Fp8LoaderError, OptionError, PlanError, ScaleError, WeightError
+from .formats import neuron_view
+from .lazy import safe_open
+from .loader import LoadedCheckpoint, load_checkpoint, load_file, load_state_dict
+from .options import Options
+from .plan import Plan, plan_checkpoint
+from .report import Report
+from .rescale import rescale_state_dict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Fp8LoaderError",
+    "LoadedCheckpoint",
+    "OptionError",
+    "Options",
+    "Plan",
+    "PlanError",
+    "Report",
+    "ScaleError",
+    "WeightError",
+    "conventions",
+    "kernel",
+    "load_checkpoint",
+    "load_file",
+    "load_state_dict",
+    "neuron_view",
+    "plan_checkpoint",
+    "rescale_state_dict",
+    "safe_open",
+]

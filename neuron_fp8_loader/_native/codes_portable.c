@@ -1,0 +1,43 @@
+#include "codes.h"
+
+/* Three counts of 16 bits in one word, so that counting costs one addition a byte;
+ * unpacked before a field can wrap. */
+#define ABOVE ((uint64_t)1)
+#define LOSSY ((uint64_t)1 << 16)
+#define NAN_CODE ((uint64_t)1 << 32)
+#define BLOCK ((size_t)32768)
+
+void fp8_translate_portable(const uint8_t *src, uint8_t *dst, size_t n,
+                            const uint8_t table[128], fp8_counts *counts) {
+    uint8_t out[256];
+    uint64_t class_of[256];
+    if (n == 0) return;
+    for (int byte = 0; byte < 256; byte++) {
+        const int code = byte & 0x7f;
+        out[byte] = (uint8_t)((byte & 0x80) | (table[code] & 0x7f));
+        class_of[byte] = (code == 0x7f ? NAN_CODE : code > 0x77 ? ABOVE : 0) + (table[code] >> 7) * LOSSY;
+    }
+    uint8_t max = counts->max;
+    for (size_t i = 0; i < n;) {
+        const size_t stop = n - i < BLOCK ? n : i + BLOCK;
+        uint64_t seen = 0;
+        /* apart from the look-ups: compilers turn this loop into vector code */
+        for (size_t k = i; k < stop; k++) {
+            const uint8_t code = src[k] & 0x7f;
+            max = code > max ? code : max;
+        }
+        if (dst) {
+            for (; i < stop; i++) {
+                const uint8_t byte = src[i];
+                seen += class_of[byte];
+                dst[i] = out[byte];
+            }
+        } else {
+            for (; i < stop; i++) seen += class_of[src[i]];
+        }
+        counts->above += seen & 0xffff;
+        counts->lossy += seen >> 16 & 0xffff;
+        counts->nan += seen >> 32;
+    }
+    counts->max = max;
+}

@@ -1,0 +1,109 @@
+"""Translating FP8 codes: one pass gives the new bytes and the counts that the report needs.
+
+The path is the fastest that runs here, or the one named by ``NEURON_FP8_LOADER_KERNEL``: ``avx2``, ``neon``,
+``portable`` (C), or ``torch`` where the native extension was not built. All give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from .errors import OptionError
+from .formats import LARGEST_FIT, NAN_CODE, Table
+
+try:
+    from . import _kernel
+except ImportError:  # installed without a compiler
+    _kernel = None  # type: ignore[assignment]
+
+ENV = "NEURON_FP8_LOADER_KERNEL"
+
+
+class Counts(NamedTuple):
+    """What a pass over FP8 bytes has seen. Counts of two pieces add up with ``+``."""
+
+    max: int = 0
+    """Largest magnitude code (0x7f where there is a NaN)."""
+    above: int = 0
+    """Codes 0x78..0x7e: 256..448, inf or nan to Neuron."""
+    lossy: int = 0
+    """Codes that the table rounds."""
+    nan: int = 0
+    """Codes that are NaN."""
+
+    def __add__(self, other: object) -> Counts:  # type: ignore[override]
+        assert isinstance(other, Counts)
+        return Counts(
+            max(self.max, other.max), self.above + other.above, self.lossy + other.lossy, self.nan + other.nan
+        )
+
+
+def paths() -> list[str]:
+    """The paths that run on this machine, fastest first."""
+    return [*(_kernel.paths() if _kernel else ()), "torch"]
+
+
+def _choose() -> str:
+    forced = os.environ.get(ENV, "")
+    if not forced:
+        return paths()[0]
+    if forced not in paths():
+        raise OptionError(f"{ENV}={forced}: no such path here; there are {', '.join(paths())}")
+    return forced
+
+
+active: str = _choose()
+"""The path in use."""
+
+
+def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:
+    """Translate ``src`` into ``dst`` by ``table``, and count what ``src`` holds.
+
+    Args:
+        src: uint8, contiguous, on the CPU.
+        dst: the same, as long as ``src``; may be ``src`` itself, may not overlap it otherwise. None: only count.
+        table: which translation (``formats.HALF``, ``RATIO``, ``FNUZ``).
+    """
+    n = src.numel()
+    for t in (src,) if dst is None else (src, dst):
+        if t.dtype != torch.uint8 or not t.is_contiguous() or t.device.type != "cpu" or t.numel() != n:
+            raise ValueError(f"translate takes contiguous uint8 CPU tensors of one length, not {t.dtype} {t.shape}")
+    if n == 0:
+        return Counts()
+    if active == "torch" or not table.symmetric:
+        return _translate_torch(src, dst, table)
+    return Counts(*_kernel.translate(active, src.data_ptr(), 0 if dst is None else dst.data_ptr(), n, table.symmetric))
+
+
+_CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache
+
+
+def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:
+    out = torch.frombuffer(bytearray(table.out), dtype=torch.uint8)
+    histogram = torch.zeros(256, dtype=torch.int64, device="cpu")
+    src, dst = src.view(-1), None if dst is None else dst.view(-1)
+    for start in range(0, src.numel(), _CHUNK):
+        index = src[start : start + _CHUNK].int()
+        histogram += torch.bincount(index, minlength=256)
+        if dst is not None:
+            torch.index_select(out, 0, index, out=dst[start : start + _CHUNK])
+    return _summarise(histogram, table)
+
+
+def _summarise(histogram: torch.Tensor, table: Table) -> Counts:
+    seen = histogram.tolist()
+    if table.symmetric:
+        is_nan = [byte & 0x7F == NAN_CODE for byte in range(256)]
+        is_above = [LARGEST_FIT < byte & 0x7F < NAN_CODE for byte in range(256)]
+    else:  # fnuz: its nan is 0x80, its largest value 240
+        is_nan = [byte == 0x80 for byte in range(256)]
+        is_above = [False] * 256
+    return Counts(
+        max=max((byte & 0x7F for byte in range(256) if seen[byte]), default=0),
+        above=sum(n for n, yes in zip(seen, is_above, strict=True) if yes),
+        lossy=sum(n for n, yes in zip(seen, table.lossy, strict=True) if yes),
+        nan=sum(n for n, yes in zip(seen, is_nan, strict=True) if yes),
+    )

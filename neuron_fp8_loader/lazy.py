@@ -1,0 +1,137 @@
+"""``safe_open`` whose tensors and slices come out Neuron-ready."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors
+import torch
+
+from .checkpoint import open_checkpoint
+from .errors import CheckpointError, OptionError
+from .formats import E4M3FN, FNUZ, HALF, Table
+from .kernel import Counts, translate
+from .memory import as_bytes
+from .options import Options
+from .plan import Plan, plan_for
+from .rescale import check_weights, dequantized
+from .scales import check_scale, rescaled
+
+
+class safe_open:
+    """Drop-in for ``safetensors.safe_open``: ``get_tensor`` and ``get_slice(...)[...]`` return Neuron-ready values.
+
+    A slice is converted by itself, with no state shared between a weight's reader and its scale's reader. Since a
+    slice does not tell whether the whole weight fits, every weight that has a scale is converted, and every scale.
+
+    Args:
+        filename: one ``.safetensors`` file; scales may be in the shards that an index beside it lists.
+        framework: ``"pt"``.
+        device: where the values go once converted.
+        **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
+
+    Raises:
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework. Reading raises
+        WeightError and ScaleError as ``load_file`` does, for the slice at hand.
+    """
+
+    def __init__(
+        self,
+        filename: str | os.PathLike[str],
+        framework: str = "pt",
+        device: str | int | torch.device = "cpu",
+        **options: Any,
+    ) -> None:
+        if framework not in ("pt", "torch", "pytorch"):
+            raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
+        if not Path(filename).is_file() or Path(filename).suffix != ".safetensors":
+            raise CheckpointError(f"{filename}: no such .safetensors file; safe_open takes one file")
+        self._options = Options.of(options)
+        self.plan: Plan = plan_for(open_checkpoint(filename))
+        self._device = device
+        self._weights = self.plan.scale_of
+        self._scales = {pair.scale for pair in self.plan.pairs}
+        self._activations = {a.name: a for a in self.plan.activation_scales}
+        self._unscaled, self._fnuz = set(self.plan.unscaled), set(self.plan.fnuz)
+        self._file = safetensors.safe_open(str(filename), framework="pt", device="cpu")
+
+    def __enter__(self) -> safe_open:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def keys(self) -> list[str]:
+        """The names of the tensors in this file."""
+        return list(self._file.keys())
+
+    def offset_keys(self) -> list[str]:
+        """The names, in the order of their data."""
+        return list(self._file.offset_keys())
+
+    def metadata(self) -> dict[str, str] | None:
+        """The file's own metadata."""
+        found = self._file.metadata()
+        return None if found is None else dict(found)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, converted."""
+        return self._ready(name, self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Slice:
+        """A lazy tensor: index it for the converted values of a part."""
+        return Slice(self, name, self._file.get_slice(name))
+
+    def _ready(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """What a part of the tensor ``name`` becomes; a new tensor where it changes."""
+        where, table, keep = self.plan.where(name), self._options.table, self._options.nan == "keep"
+        activation = self._activations.get(name)
+        if name in self._weights:
+            part = self._translated(name, part, table)
+        elif name in self._fnuz:
+            part = self._translated(name, part, FNUZ)
+        elif name in self._unscaled:
+            check_weights(self.plan, {name: _count(part)}, self._options)
+            part = dequantized(self.plan, {name: part}, self._options).get(name, part)
+        elif name in self._scales or (activation and self._options.activation_scales == "rescale"):
+            if not keep:
+                check_scale(part, where)
+            part = rescaled(part, table, where, reciprocal=activation is not None and activation.reciprocal)
+        return part.to(self._device)
+
+    def _translated(self, name: str, part: torch.Tensor, table: Table) -> torch.Tensor:
+        part = part.contiguous()
+        fresh = torch.empty_like(part, dtype=E4M3FN, device="cpu")
+        check_weights(self.plan, {name: translate(as_bytes(part), as_bytes(fresh), table)}, self._options)
+        return fresh
+
+
+class Slice:
+    """A tensor of an open file, read and converted a part at a time."""
+
+    def __init__(self, owner: safe_open, name: str, part: Any) -> None:
+        self._owner, self._name, self._part = owner, name, part
+
+    def get_shape(self) -> list[int]:
+        """The whole tensor's shape."""
+        return list(self._part.get_shape())
+
+    def get_dtype(self) -> str:
+        """The dtype on disk, as safetensors names it."""
+        return str(self._part.get_dtype())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._owner._ready(self._name, self._part[index])
+
+
+def _count(part: torch.Tensor) -> Counts:
+    return translate(as_bytes(part.contiguous()), None, HALF)

@@ -1,0 +1,143 @@
+"""Checkpoint in, Neuron-ready state dict out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from .errors import CheckpointError
+from .formats import E4M3FN, FNUZ, HALF
+from .options import Options
+from .plan import Plan, plan_for
+from .reader import Decision, WeightJob, find_overflow, read
+from .report import Report
+from .rescale import check_weights, dequantized, make_report, new_scales, rescale_planned
+
+log = logging.getLogger("neuron_fp8_loader")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        state_dict: name -> CPU tensor, in the order of the files.
+        plan: what was to be done.
+        report: what was done, with counts.
+        metadata: the safetensors metadata of the files read.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    plan: Plan
+    report: Report
+    metadata: dict[str, str]
+
+
+def load_state_dict(path: str | os.PathLike[str], **options: Any) -> dict[str, torch.Tensor]:
+    """Load an FP8 checkpoint Neuron-ready: every e4m3fn weight fits +-240 and its scale makes up for it.
+
+    Args:
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        **options: see ``Options``.
+
+    Returns:
+        name -> CPU tensor. FP8 weights stay float8_e4m3fn, scales keep dtype and shape; all else is as on disk.
+
+    Raises:
+        Fp8LoaderError: the checkpoint is damaged, ambiguous, or cannot be made safe for a Neuron device.
+    """
+    return load_checkpoint(path, **options).state_dict
+
+
+def load_file(path: str | os.PathLike[str], **options: Any) -> dict[str, torch.Tensor]:
+    """Drop-in for ``safetensors.torch.load_file``: the tensors of one shard, Neuron-ready.
+
+    A pair may reach into a sibling shard, found through the index beside it; what is decided there (does the weight
+    fit?) is decided as for the whole checkpoint, so shards loaded one by one go together.
+
+    Args, Returns, Raises: as ``load_state_dict``, for one file.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file; load_file takes one .safetensors file")
+    return load_checkpoint(path, **options).state_dict
+
+
+def load_checkpoint(path: str | os.PathLike[str], **options: Any) -> LoadedCheckpoint:
+    """``load_state_dict``, with the plan and a report of what was done. Same arguments and errors."""
+    begin = time.perf_counter()
+    chosen = Options.of(options)
+    checkpoint = open_checkpoint(path)
+    plan = plan_for(checkpoint)
+    for warning in plan.warnings:
+        log.warning("%s: %s", plan.source, warning)
+    load = _load_bin if checkpoint.is_bin else _load_safetensors
+    state_dict, report = load(checkpoint, plan, chosen)
+    report.seconds = time.perf_counter() - begin
+    log.info("%s: %s", plan.source, report.summary())
+    return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
+
+
+def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
+    infos = checkpoint.selected_tensors()
+    names = {info.name for info in infos}
+    threads, table = options.thread_count(), options.table
+    _check_unscaled_first(plan, names, options)
+
+    jobs = {name: WeightJob(HALF) for name in plan.unscaled}
+    jobs |= {name: WeightJob(FNUZ, Decision(convert=True)) for name in plan.fnuz}
+    decisions: dict[str, Decision] = {}  # by scale
+    for group in plan.groups:
+        decision = Decision(convert=options.always)
+        decisions[group[0].scale] = decision
+        jobs |= {pair.weight: WeightJob(table, decision) for pair in group}
+        # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
+        apart = [plan.tensors[p.weight] for p in group if p.weight not in names]
+        touched = not names.isdisjoint([group[0].scale, *(p.weight for p in group)])
+        if apart and touched and not decision.convert:
+            decision.convert = find_overflow(apart, table)
+
+    here = {name: job for name, job in jobs.items() if name in names}
+    tensors, counts = read(infos, here, threads, options.progress)
+    check_weights(plan, counts, options)
+    convert = {scale for scale, decision in decisions.items() if decision.convert}
+    scales = new_scales(plan, tensors, convert, bool(convert) or _others_convert(plan, names, options), options)
+    weights = {name for name in here if plan.scale_of.get(name) in convert}
+    report = make_report(plan, options, tensors, counts, weights, scales)
+    tensors |= scales | {name: tensors[name].view(E4M3FN) for name in plan.fnuz if name in names}
+    return tensors | dequantized(plan, tensors, options), report
+
+
+def _check_unscaled_first(plan: Plan, names: Collection[str], options: Options) -> None:
+    """Weights without a scale pass if they fit, which only their bytes tell: read them before all the rest."""
+    if options.unscaled != "error":
+        return
+    infos = [plan.tensors[name] for name in plan.unscaled if name in names]
+    if infos:
+        _, counts = read(infos, {info.name: WeightJob(HALF) for info in infos}, options.thread_count())
+        check_weights(plan, counts, options)
+
+
+def _others_convert(plan: Plan, names: Collection[str], options: Options) -> bool:
+    """For activation scales of one shard: is any weight of the *checkpoint* rescaled?"""
+    if not any(scale.name in names for scale in plan.activation_scales):
+        return False
+    others: list[TensorInfo] = [plan.tensors[p.weight] for p in plan.pairs if p.weight not in names]
+    return find_overflow(others, options.table)
+
+
+def _load_bin(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
+    # torch maps the files lazily, so loading the siblings of a single shard costs what its pairs need
+    loaded = {name: value for file in checkpoint.files for name, value in load_bin(file).items()}
+    state_dict, report = rescale_planned(loaded, plan, options, inplace=False)
+    if checkpoint.selected != frozenset(checkpoint.files):
+        names = {info.name for info in checkpoint.selected_tensors()}
+        state_dict = {name: value for name, value in state_dict.items() if name in names}
+    return state_dict, report

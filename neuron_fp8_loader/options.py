@@ -1,0 +1,84 @@
+"""The options that every way of loading takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import OptionError
+from .formats import METHODS, Table
+
+THREADS_ENV = "NEURON_FP8_LOADER_THREADS"
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "nan": ("error", "keep"),
+    "unscaled": ("error", "dequantize", "keep"),
+    "activation_scales": ("rescale", "keep"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rescale.
+
+    Attributes:
+        method: ``"half"`` (weight / 2, scale x 2; exact but for 8 of 126 codes) or ``"ratio"`` (448/240, byte for
+            byte what the recipe in Neuron's README gives).
+        always: rescale weights that already fit +-240 too; by default they pass bit for bit, as do their scales.
+        nan: NaN codes in a weight are an ``"error"``, or are let through (``"keep"``).
+        unscaled: an e4m3fn weight that does not fit and has no scale is an ``"error"``; ``"dequantize"`` returns
+            unscaled weights as bfloat16 (exact), ``"keep"`` as they are.
+        activation_scales: static activation and KV cache scales, calibrated for +-448: ``"rescale"`` multiplies all
+            of them by the method's factor if any weight was rescaled, ``"keep"`` leaves them.
+        threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
+        progress: show a progress bar; default: on a terminal, for loads that last.
+    """
+
+    method: str = "half"
+    always: bool = False
+    nan: str = "error"
+    unscaled: str = "error"
+    activation_scales: str = "rescale"
+    threads: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, choices))}")
+        if not isinstance(self.always, bool):
+            raise OptionError(f"always={self.always!r}: expected True or False")
+        threads = self.threads
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise OptionError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        if self.progress not in (None, True, False):
+            raise OptionError(f"progress={self.progress!r}: expected True, False or None")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """From keyword arguments. Raises OptionError, listing the known names, for an unknown one."""
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def table(self) -> Table:
+        return METHODS[self.method]
+
+    def thread_count(self) -> int:
+        """The number of threads to use. Raises OptionError for a malformed environment variable."""
+        if self.threads is not None:
+            return self.threads
+        text = os.environ.get(THREADS_ENV, "").strip()
+        if text:
+            if not text.isdigit() or int(text) < 1:
+                raise OptionError(f"{THREADS_ENV}={text}: expected a whole number from 1 up")
+            return int(text)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # reads wait for the disk, so a few more than the cores of a small host; beyond 32 memory is the limit
+        return min(32, max(4, cores))

@@ -1,0 +1,92 @@
+"""What a load did: counts a weight at a time, and the one line that says it all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .kernel import Counts
+from .plan import size
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One FP8 weight: its counts before the rescale, and whether it was rescaled."""
+
+    name: str
+    numel: int
+    counts: Counts
+    rescaled: bool
+
+
+@dataclass
+class Report:
+    """What a load did.
+
+    Attributes:
+        source: the checkpoint.
+        method: ``"half"`` or ``"ratio"``.
+        tensors, nbytes: all that was read, or looked at in memory.
+        weights: one entry an FP8 weight.
+        activation_scales: how many static activation and KV scales were rescaled.
+        dequantized: unscaled weights returned as bfloat16.
+        seconds: wall clock time, planning included.
+        kernel, threads: what did it.
+    """
+
+    source: str
+    method: str
+    tensors: int = 0
+    nbytes: int = 0
+    weights: list[WeightReport] = field(default_factory=list)
+    activation_scales: int = 0
+    dequantized: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    kernel: str = ""
+    threads: int = 1
+
+    @property
+    def rescaled(self) -> list[WeightReport]:
+        return [w for w in self.weights if w.rescaled]
+
+    @property
+    def counts(self) -> Counts:
+        """Over all FP8 weights, as they were before."""
+        total = Counts()
+        for weight in self.weights:
+            total = total + weight.counts
+        return total
+
+    @property
+    def rounded(self) -> int:
+        """Codes that lost a bit."""
+        return sum(w.counts.lossy for w in self.rescaled)
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    def summary(self) -> str:
+        """One line."""
+        counts, codes = self.counts, sum(w.numel for w in self.weights)
+        parts = [
+            f"{self.tensors} tensors",
+            f"{len(self.rescaled)} of {len(self.weights)} FP8 weights rescaled ({self.method})",
+            f"{counts.above} of {codes} codes were above 240",
+            f"{self.rounded} rounded",
+            f"{counts.nan} NaN",
+        ]
+        if self.activation_scales:
+            parts.append(f"{self.activation_scales} activation scales rescaled")
+        if self.dequantized:
+            parts.append(f"{len(self.dequantized)} unscaled weights dequantised")
+        speed = f"{size(self.nbytes)} in {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"
+        return f"{', '.join(parts)}; {speed} ({self.kernel}, {self.threads} threads)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        data = asdict(self)
+        data["weights"] = [
+            {"name": w.name, "numel": w.numel, "rescaled": w.rescaled, **w.counts._asdict()} for w in self.weights
+        ]
+        return {**data, "gb_per_s": self.gb_per_s}

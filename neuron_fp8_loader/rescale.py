@@ -1,0 +1,345 @@
+"""A plan turns tensors into Neuron-ready tensors: the rules, and how they apply to state dicts in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import kernel
+from .checkpoint import describe
+from .errors import ScaleError, WeightError, listing
+from .formats import E4M3FN, FNUZ, HALF, Table
+from .kernel import Counts, translate
+from .memory import allocate, as_bytes, shaped
+from .options import Options
+from .parallel import pieces, run
+from .plan import Plan, make_plan
+from .report import Report, WeightReport
+from .scales import check_scale, rescaled
+from .sharing import change_once, moved, overlapping, span, storage_id
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def rescale_state_dict(
+    state_dict: Mapping[str, torch.Tensor], *, inplace: bool = False, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Make a state dict in memory Neuron-ready.
+
+    Args:
+        state_dict: name -> tensor, with the names of any known convention. Other values pass as they are.
+        inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantised or
+            float8_e4m3fnuz weights). Nothing is written before everything has been checked.
+        **options: see ``Options``.
+
+    Returns:
+        ``state_dict`` itself if ``inplace``, else a new dict in the same order; tensors that need no change are
+        the caller's own. Tensors that share memory are rescaled once and share afterwards.
+
+    Raises:
+        Fp8LoaderError: as ``load_state_dict``.
+    """
+    chosen = Options.of(options)
+    infos = {name: describe(name, t) for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    return rescale_planned(state_dict, make_plan(infos, "state dict"), chosen, inplace=inplace)[0]
+
+
+def rescale_planned(
+    state_dict: Mapping[str, Any], plan: Plan, options: Options, *, inplace: bool
+) -> tuple[dict[str, Any], Report]:
+    """``rescale_state_dict`` by a plan already made; also gives the report."""
+    begin = time.perf_counter()
+    threads, table = options.thread_count(), options.table
+    _check_readable(plan, state_dict)
+    tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
+
+    counts = _count(plan, tensors, table, threads)
+    check_weights(plan, counts, options)
+    convert = _decide(plan, tensors, counts, options)
+    scales = new_scales(plan, tensors, {plan.scale_of[w] for w in convert}, bool(convert), options)
+    _check_neighbours(plan, tensors, convert, scales)
+
+    changed = _change(plan, tensors, convert, scales, table, threads, inplace)
+    replaced = _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
+    result: dict[str, Any] = dict(state_dict)
+    if inplace:
+        assert isinstance(state_dict, MutableMapping)
+        state_dict.update(replaced)
+        result = state_dict  # type: ignore[assignment]
+    else:
+        result.update(changed | replaced)
+    report = make_report(plan, options, tensors, counts, convert, scales)
+    report.seconds = time.perf_counter() - begin
+    return result, report
+
+
+# -- the rules, for tensors read from files too ---------------------------------------------------------------
+
+
+def check_weights(plan: Plan, counts: Mapping[str, Counts], options: Options) -> None:
+    """Raise WeightError for NaN codes, and for unscaled weights that do not fit, unless the options let them pass."""
+    if options.nan == "error":
+        bad = [f"{plan.where(name)}: {seen.nan} NaN codes" for name, seen in counts.items() if seen.nan]
+        if bad:
+            raise WeightError(
+                f"NaN codes in {listing('FP8 weight', bad)}\n"
+                'The checkpoint is damaged or badly quantised; nan="keep" lets them through.'
+            )
+    if options.unscaled == "error":
+        bad = [
+            f"{plan.where(name)}: {counts[name].above} codes above 240"
+            for name in plan.unscaled
+            if name in counts and counts[name].above
+        ]
+        if bad:
+            raise WeightError(
+                f"no scale to make up for a rescale of {listing('float8_e4m3fn weight', bad)}\n"
+                "Expected a tensor like X.weight_scale, X.weight_scale_inv or X.scale beside X.weight. "
+                'unscaled="dequantize" returns them as bfloat16 (exact), unscaled="keep" as they are; a scale of '
+                "another name: neuron_fp8_loader.conventions.register."
+            )
+
+
+def new_scales(
+    plan: Plan, tensors: Tensors, convert: Collection[str], any_converted: bool, options: Options
+) -> dict[str, torch.Tensor]:
+    """The scales that change, with their new values.
+
+    Args:
+        plan, tensors: what there is; scales not among ``tensors`` are passed over.
+        convert: names of the scales whose weights were rescaled.
+        any_converted: was any weight of the checkpoint rescaled? Activation scales hang on that.
+
+    Raises:
+        ScaleError: a scale is not finite, or its new value does not exist in its dtype.
+    """
+    new: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+
+    def attempt(name: str, *, change: bool, reciprocal: bool = False) -> None:
+        try:
+            if options.nan == "error":
+                check_scale(tensors[name], plan.where(name))
+            if change:
+                new[name] = rescaled(tensors[name], options.table, plan.where(name), reciprocal=reciprocal)
+        except ScaleError as error:
+            problems.append(str(error))
+
+    for first, *_ in plan.groups:
+        if first.scale in tensors:
+            attempt(first.scale, change=first.scale in convert)
+    if any_converted and options.activation_scales == "rescale":
+        for activation in plan.activation_scales:
+            if activation.name in tensors:
+                attempt(activation.name, change=True, reciprocal=activation.reciprocal)
+    if problems:
+        raise ScaleError(f"cannot rescale {listing('scale', problems)}")
+    return new
+
+
+def dequantized(plan: Plan, tensors: Tensors, options: Options) -> dict[str, torch.Tensor]:
+    """The unscaled weights as bfloat16, which holds every e4m3fn value exactly; none unless the options say so."""
+    if options.unscaled != "dequantize":
+        return {}
+    return _once_each(tensors, plan.unscaled, lambda t: t.to(torch.bfloat16))
+
+
+def make_report(
+    plan: Plan,
+    options: Options,
+    tensors: Tensors,
+    counts: Mapping[str, Counts],
+    convert: Collection[str],
+    scales: Collection[str],
+) -> Report:
+    """A report without its seconds. ``convert`` names the rescaled weights, ``scales`` the scales that changed."""
+    return Report(
+        source=plan.source,
+        method=options.method,
+        tensors=len(tensors),
+        nbytes=sum(plan.tensors[name].nbytes for name in tensors),
+        weights=[
+            WeightReport(name, plan.tensors[name].numel, seen, name in convert or name in plan.fnuz)
+            for name, seen in counts.items()
+        ],
+        activation_scales=sum(a.name in scales for a in plan.activation_scales),
+        dequantized=[name for name in plan.unscaled if name in tensors and options.unscaled == "dequantize"],
+        kernel=kernel.active,
+        threads=options.thread_count(),
+    )
+
+
+# -- state dicts in memory ------------------------------------------------------------------------------------
+
+
+def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
+    needed = {*(p.weight for p in plan.pairs), *(p.scale for p in plan.pairs), *plan.unscaled, *plan.fnuz}
+    problems = [
+        f"{name}: is on {t.device}; rescale it on the CPU, with its data"
+        for name in needed
+        if (t := state_dict[name]).device.type != "cpu"
+    ]
+    for name, t in state_dict.items():
+        if isinstance(t, torch.Tensor) and hasattr(t, "__tensor_flatten__"):
+            inner = [getattr(t, part) for part in t.__tensor_flatten__()[0]]
+            if any(isinstance(part, torch.Tensor) and part.dtype == E4M3FN for part in inner):
+                problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
+    if problems:
+        raise WeightError(f"{plan.source}: cannot read {listing('tensor', sorted(problems))}")
+
+
+def _count(plan: Plan, tensors: Tensors, table: Table, threads: int) -> dict[str, Counts]:
+    """What every FP8 weight holds. Nothing is written, so an in-place rescale can still be refused whole."""
+    tables = {pair.weight: table for pair in plan.pairs}
+    tables |= dict.fromkeys(plan.unscaled, HALF) | dict.fromkeys(plan.fnuz, FNUZ)
+    flat = {name: as_bytes(tensors[name].contiguous()) for name in tables}
+    jobs = [(name, *part) for name in tables for part in pieces(flat[name].numel())]
+    seen: list[tuple[str, Counts]] = []
+
+    def work(job: tuple[str, int, int]) -> None:
+        name, start, end = job
+        seen.append((name, translate(flat[name][start:end], None, tables[name])))
+
+    run(jobs, work, threads)
+    counts = dict.fromkeys(tables, Counts())
+    for name, part in seen:
+        counts[name] = counts[name] + part
+    return counts
+
+
+def _decide(plan: Plan, tensors: Tensors, counts: Mapping[str, Counts], options: Options) -> set[str]:
+    """The weights to convert. Weights that share a scale, or memory with one another, are decided together."""
+    names = [pair.weight for pair in plan.pairs]
+    together: list[list[str]] = [[pair.weight for pair in group] for group in plan.groups]
+    together += overlapping({name: tensors[name] for name in names})
+    owners = {group[0].scale: group[0].weight for group in plan.groups}
+    together += [
+        [owners[scale] for scale in group] for group in overlapping({scale: tensors[scale] for scale in owners})
+    ]
+    leader = {name: name for name in names}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name] = leader[leader[name]]
+        return name
+
+    for group in together:
+        for other in group[1:]:
+            leader[find(other)] = find(group[0])
+    yes = {find(name) for name in names if options.always or counts[name].above}
+    return {name for name in names if find(name) in yes}
+
+
+def _check_neighbours(plan: Plan, tensors: Tensors, convert: Collection[str], scales: Collection[str]) -> None:
+    """Refuse to change memory that a tensor of another meaning shows too."""
+    problems = []
+    reciprocal = {a.name for a in plan.activation_scales if a.reciprocal}
+    for group in overlapping(tensors):
+        if len(group) == 1:
+            continue
+        meanings = {(name in convert, name in scales, name in reciprocal, tensors[name].dtype) for name in group}
+        if len(meanings) > 1 and any(name in convert or name in scales for name in group):
+            problems.append(", ".join(group))
+    if problems:
+        raise WeightError(
+            f"{plan.source}: tensors that share memory with an FP8 weight or its scale and mean something else, "
+            f"{listing('group', problems)}\nClone one of each group first."
+        )
+
+
+def _change(
+    plan: Plan,
+    tensors: Tensors,
+    convert: Collection[str],
+    scales: Tensors,
+    table: Table,
+    threads: int,
+    inplace: bool,
+) -> dict[str, torch.Tensor]:
+    """Write the new weights and scales, into the tensors themselves or into new ones, which are returned."""
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            by_storage.setdefault(storage_id(tensor), []).append(name)
+    reciprocal = {a.name for a in plan.activation_scales if a.reciprocal}
+    out: dict[str, torch.Tensor] = {}
+    jobs: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes of weights: from, to
+
+    def translated(codes: torch.Tensor) -> torch.Tensor:
+        fresh = torch.empty_like(codes)
+        translate(as_bytes(codes), as_bytes(fresh), table)
+        return fresh
+
+    for members in by_storage.values():
+        if not any(name in convert or name in scales for name in members):
+            continue
+        views = {name: tensors[name] for name in members}
+        if not inplace and len(members) == 1:
+            (name,) = members
+            source = views[name]
+            if name in scales:
+                out[name] = scales[name]
+                continue
+            if source.is_contiguous():
+                out[name] = shaped(allocate(source.numel()), source.dtype, tuple(source.shape))
+                jobs.append((as_bytes(source), as_bytes(out[name])))
+                continue
+        if not inplace:
+            views = dict(zip(members, moved(views.values()), strict=True))
+            out |= views
+        for group in overlapping({name: view for name, view in views.items() if name in convert or name in scales}):
+            shown = [views[name] for name in group]
+            if group[0] in scales:
+                change_once(shown, partial(rescaled, table=table, where=group[0], reciprocal=group[0] in reciprocal))
+            elif all(view.is_contiguous() for view in shown):
+                whole = _bytes_between(shown)
+                jobs.append((whole, whole))
+            else:
+                change_once(shown, translated)
+    _translate_all(jobs, table, threads)
+    return out
+
+
+def _bytes_between(views: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The bytes from the first to the last that these contiguous, overlapping views show."""
+    views = list(views)
+    spans = [span(view) for view in views]
+    low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+    raw = torch.empty(0, dtype=torch.uint8, device="cpu")
+    return raw.set_(views[0].untyped_storage(), low, (high - low,), (1,))
+
+
+def _translate_all(jobs: Iterable[tuple[torch.Tensor, torch.Tensor]], table: Table, threads: int) -> None:
+    parts = [(src[a:b], dst[a:b]) for src, dst in jobs for a, b in pieces(src.numel())]
+
+    def work(part: tuple[torch.Tensor, torch.Tensor]) -> None:
+        translate(*part, table)
+
+    run(parts, work, threads)
+
+
+def _translated_fnuz(plan: Plan, tensors: Tensors, threads: int) -> dict[str, torch.Tensor]:
+    def convert(weight: torch.Tensor) -> torch.Tensor:
+        fresh = shaped(allocate(weight.numel()), E4M3FN, tuple(weight.shape))
+        _translate_all([(as_bytes(weight.contiguous()), as_bytes(fresh))], FNUZ, threads)
+        return fresh
+
+    return _once_each(tensors, plan.fnuz, convert)
+
+
+def _once_each(tensors: Tensors, names: Iterable[str], change: Any) -> dict[str, torch.Tensor]:
+    """``change`` of each named tensor; names of one and the same tensor get one and the same result."""
+    done: dict[tuple[Any, ...], torch.Tensor] = {}
+    out = {}
+    for name in names:
+        if name in tensors:
+            t = tensors[name]
+            key = (storage_id(t), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
+            if key not in done:
+                done[key] = change(t)
+            out[name] = done[key]
+    return out

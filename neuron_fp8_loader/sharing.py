@@ -1,0 +1,76 @@
+"""Tensors that share memory: tied weights, views of one buffer. They are changed once, and share afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+Span = tuple[int, int]
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def span(tensor: torch.Tensor) -> Span:
+    """(first, one past the last) byte that the tensor reaches in its storage; empty tensors reach none."""
+    size = tensor.element_size()
+    start = int(tensor.storage_offset()) * size
+    if tensor.numel() == 0:
+        return start, start
+    reach = sum((int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * size
+
+
+def overlapping(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Group the names of tensors that reach into the same bytes; every name is in exactly one group."""
+    by_storage: dict[int, list[tuple[Span, str]]] = {}
+    groups: list[list[str]] = []
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            groups.append([name])
+        else:
+            by_storage.setdefault(storage_id(tensor), []).append((span(tensor), name))
+    for members in by_storage.values():
+        end = -1
+        for (start, stop), name in sorted(members):
+            if start >= end:
+                groups.append([])
+            groups[-1].append(name)
+            end = max(end, stop)
+    return groups
+
+
+def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The same views of a copy of the one storage that all of ``tensors`` share."""
+    views = list(tensors)
+    copy = views[0].untyped_storage().clone()
+    out = []
+    for view in views:
+        fresh = torch.empty(0, dtype=view.dtype, device="cpu")
+        out.append(fresh.set_(copy, view.storage_offset(), view.shape, view.stride()))
+    return out
+
+
+def change_once(views: list[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace every element that any of ``views`` shows by ``change`` of it, once, in place.
+
+    ``views`` are of one dtype and share a storage; ``change`` maps a 1-D tensor to one of the same length and dtype.
+    Elements between the views stay as they are.
+    """
+    size = views[0].element_size()
+    spans = [span(v) for v in views]
+    low, high = min(s[0] for s in spans) // size, max(s[1] for s in spans) // size
+    if low == high:
+        return
+    first = views[0]
+    elements = torch.empty(0, dtype=first.dtype, device="cpu")
+    elements = elements.set_(first.untyped_storage(), low, (high - low,), (1,))
+    shown = torch.zeros(high - low, dtype=torch.bool, device="cpu")
+    for view in views:
+        torch.as_strided(shown, view.shape, view.stride(), view.storage_offset() - low).fill_(True)
+    # through bytes: indexing is not implemented for every FP8 dtype
+    as_bytes = elements.view(torch.uint8).view(-1, size)
+    changed = change(as_bytes[shown].view(-1).view(first.dtype))
+    as_bytes[shown] = changed.view(torch.uint8).view(-1, size)
