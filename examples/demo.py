@@ -46,7 +46,9 @@ def main(checkpoint: Path) -> int:
     show("device", ready)
     difference = (ready - reference).abs().max().item()
     same = torch.equal(ready.argmax(-1), reference.argmax(-1))
-    print(f"  largest difference from the GPU's reading: {difference:.1e}, of logits up to {reference.abs().max():.1f}")
+    print(
+        f"  largest difference from the GPU's reading: {difference:.1e}, of logits up to {reference.abs().max():.1f}"
+    )
     print(f"  same next token at every position: {'yes' if same else 'no'}")
     print(f"\n{loaded.report.summary()}")
     good = not broken.isfinite().all() and ready.isfinite().all() and same and difference < 1e-3

@@ -47,9 +47,7 @@ def logits(
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         h = norm(x, f"{at}.input_layernorm")
-        q, k, v = (
-            linear(h, f"{at}.self_attn.{name}_proj").view(len(ids), -1, size).transpose(0, 1) for name in "qkv"
-        )
+        q, k, v = (linear(h, f"{at}.self_attn.{name}_proj").view(len(ids), -1, size).transpose(0, 1) for name in "qkv")
         q, k = (t * cos + _rotated(t) * sin for t in (q, k))
         k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(len(ids), -1)
