@@ -47,15 +47,6 @@ class Layout:
         return {pair.weight for pair in (*self.requantised, *self.dequantised)}
 
 
-@dataclass
-class Applied:
-    """Tensors that replace others, scales that are gone, and what requantising cost, by weight."""
-
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
-    removed: set[str] = field(default_factory=set)
-    errors: dict[str, Error] = field(default_factory=dict)
-
-
 def module_of(weight: str) -> str:
     """The module that a weight belongs to: its name without ``.weight`` and its like."""
     for suffix in (".weight._data", "._weight_qdata", ".weight"):
@@ -143,53 +134,50 @@ def check_layout(layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor]
         if not bool(good.all()):
             bad.append(f"{plan.where(pair.scale)}: {int((~good).sum())} of {values.numel()}")
     for pair, twin in _twins(layout, tensors).items():
-        if not torch.equal(scale_values(tensors[pair.scale]), scale_values(tensors[twin.scale])):
+        if (pair in layout.dequantised) != (twin in layout.dequantised):
+            bad.append(f"{plan.where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
+        elif not torch.equal(scale_values(tensors[pair.scale]), scale_values(tensors[twin.scale])):
             bad.append(f"{plan.where(pair.scale)}: differs from {twin.scale}, but their weights are one tensor")
     if bad:
         raise ScaleError(f"block scales that are negative, not finite or too large, {listing('tensor', bad)}")
 
 
-def apply_layout(
-    layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor], threads: int, *, inplace: bool
-) -> Applied:
+def apply_layout(layout: Layout, tensors: dict[str, torch.Tensor], threads: int, *, inplace: bool) -> dict[str, Error]:
     """Carry a layout out.
 
     Args:
-        layout, plan: what to do.
-        tensors: the rescaled tensors; those in ``layout.raw`` and their scales as the checkpoint has them.
+        layout: what to do. ``check_layout`` comes first.
+        tensors: the rescaled tensors; those in ``layout.raw`` and their scales as the checkpoint has them. The dict
+            is changed: new tensors take the place of old ones, scales of dequantised weights go.
         threads: how many work at once.
         inplace: write requantised codes into the weights themselves.
 
-    Tensors tied together (the same memory under two names) are laid out once. ``check_layout`` comes first.
+    Returns:
+        what requantising cost, by weight. Tensors tied together (the same memory under two names) are laid out once.
     """
-    done = Applied()
     twins = _twins(layout, tensors)
-    alone = [pair for pair in layout.requantised if pair not in twins]
-    parts = [(pair, tile) for pair in alone for tile in _tiles(pair, tensors, inplace, done)]
-    errors: list[tuple[str, Error]] = []
+    for pair in layout.dequantised:
+        if pair not in twins:
+            tensors[pair.weight] = dequantise(tensors[pair.weight], tensors[pair.scale], pair.granularity, threads)
+    parts = [(p, tile) for p in layout.requantised if p not in twins for tile in _tiles(p, tensors, inplace)]
+    done: list[tuple[str, Error]] = []
 
     def work(part: tuple[Pair, Tile]) -> None:
         pair, tile = part
-        errors.append((pair.weight, requantise(tile)))
+        done.append((pair.weight, requantise(tile)))
 
     run(parts, work, threads)
-    for name, error in errors:
-        done.errors[name] = done.errors.get(name, Error()) + error
-    for pair in layout.dequantised:
-        done.removed.add(pair.scale)
-        if pair not in twins:
-            done.replaced[pair.weight] = dequantise(
-                tensors[pair.weight], tensors[pair.scale], pair.granularity, threads
-            )
     for pair, twin in twins.items():
-        for name, other in ((pair.weight, twin.weight), (pair.scale, twin.scale)):
-            if other in done.replaced:
-                done.replaced[name] = done.replaced[other]
+        tensors[pair.weight], tensors[pair.scale] = tensors[twin.weight], tensors[twin.scale]
+    for pair in layout.dequantised:
+        del tensors[pair.scale]
     for name, shape in layout.reshaped.items():
-        scale = tensors[name]
-        value = scale_values(scale).float() if is_e8m0(scale) else scale
-        done.replaced[name] = _expanded(value, shape)
-    return done
+        value = scale_values(tensors[name]).float() if is_e8m0(tensors[name]) else tensors[name]
+        tensors[name] = _expanded(value, shape)
+    errors: dict[str, Error] = {}
+    for name, error in done:
+        errors[name] = errors.get(name, Error()) + error
+    return errors
 
 
 def _expanded(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -212,24 +200,20 @@ def _twins(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[Pair, Pa
     return twins
 
 
-def _tiles(pair: Pair, tensors: Mapping[str, torch.Tensor], inplace: bool, done: Applied) -> list[Tile]:
+def _tiles(pair: Pair, tensors: dict[str, torch.Tensor], inplace: bool) -> list[Tile]:
+    """Cut a weight for requantising, and put the tensors that will hold the result in their places."""
     weight, block = tensors[pair.weight], pair.granularity.block
     assert block is not None
-    source = weight.contiguous().view(torch.uint8)
-    into_itself = inplace and weight.is_contiguous()
-    target = source if into_itself else shaped(allocate(weight.numel()), torch.uint8, tuple(weight.shape))
-    row_scales = torch.empty(weight.shape[:-1], dtype=torch.float32, device="cpu")
-    done.replaced[pair.scale] = row_scales.unsqueeze(-1)
-    if not into_itself:
-        done.replaced[pair.weight] = target.view(weight.dtype)
     rows, columns = weight.shape[-2:]
+    grid = (-1, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    scales = scale_values(tensors[pair.scale]).reshape(grid)
+    row_scales = torch.empty(weight.shape[:-1], dtype=torch.float32, device="cpu")
+    source = weight.contiguous().view(torch.uint8)
+    target = source
+    if not (inplace and weight.is_contiguous()):
+        target = shaped(allocate(weight.numel()), torch.uint8, tuple(weight.shape))
+        tensors[pair.weight] = target.view(weight.dtype)
+    tensors[pair.scale] = row_scales.unsqueeze(-1)
     matrices = (t.view(-1, rows, columns) for t in (source, target))
-    scales = _grids(tensors[pair.scale], tuple(weight.shape), block)
     parts = zip(*matrices, scales, row_scales.view(-1, rows), strict=True)
-    return [tile for src, dst, grid, new in parts for tile in tiles(src, dst, grid, new, block)]
-
-
-def _grids(scale: torch.Tensor, weight: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
-    """Block scales as float64 [matrices, block rows, block columns]."""
-    rows, columns = weight[-2:]
-    return scale_values(scale).reshape(-1, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    return [tile for src, dst, part, new in parts for tile in tiles(src, dst, part, new, block)]

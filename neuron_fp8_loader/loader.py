@@ -129,7 +129,7 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     report = make_report(plan, options, tensors, counts, weights, scales)
     tensors |= scales | {name: tensors[name].view(E4M3FN) for name in plan.fnuz if name in names}
     tensors |= dequantized(plan, tensors, options)
-    return finish_layout(layout, plan, tensors, report, inplace=True), report
+    return finish_layout(layout, tensors, report, inplace=True), report
 
 
 def _check_together(plan: Plan, names: Collection[str], options: Options) -> None:

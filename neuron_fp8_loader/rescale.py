@@ -70,7 +70,7 @@ def rescale_planned(
 
     changed = _change(plan, tensors, convert, scales, table, threads, inplace)
     changed |= _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
-    result = finish_layout(layout, plan, {**state_dict, **changed}, report, inplace=inplace)
+    result = finish_layout(layout, {**state_dict, **changed}, report, inplace=inplace)
     report.seconds = time.perf_counter() - begin
     if not inplace:
         return result, report
@@ -182,14 +182,12 @@ def requantised_overflow(layout: Layout, counts: Mapping[str, Counts]) -> bool:
     return any(pair.weight in counts and counts[pair.weight].above for pair in layout.requantised)
 
 
-def finish_layout(
-    layout: Layout, plan: Plan, tensors: Mapping[str, Any], report: Report, *, inplace: bool
-) -> dict[str, Any]:
-    """The dict after the layout step, in the same order; the report learns what it cost."""
-    applied = apply_layout(layout, plan, tensors, report.threads, inplace=inplace)
-    report.requantized = {name: error.sqnr for name, error in applied.errors.items()}
+def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, inplace: bool) -> dict[str, Any]:
+    """``tensors`` after the layout step, changed in place; the report learns what it cost."""
+    errors = apply_layout(layout, tensors, report.threads, inplace=inplace)
+    report.requantized = {name: error.sqnr for name, error in errors.items()}
     report.dequantized += [pair.weight for pair in layout.dequantised]
-    return {name: applied.replaced.get(name, value) for name, value in tensors.items() if name not in applied.removed}
+    return tensors
 
 
 # -- state dicts in memory ------------------------------------------------------------------------------------

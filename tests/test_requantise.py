@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from support import e4m3fn, fp8, ieee_e4m3, raw, sqnr
 
 from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
+from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.granularity import Granularity
+from neuron_fp8_loader.layout import Layout, apply_layout
+from neuron_fp8_loader.options import Options
+from neuron_fp8_loader.plan import Pair, make_plan
 from neuron_fp8_loader.requantise import best_mantissas
+from neuron_fp8_loader.rescale import rescale_planned
 
 FITTING = np.arange(0x78, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
@@ -52,15 +58,12 @@ def test_every_value_is_rounded_once(rows: int, columns: int, block: tuple[int, 
     weight = torch.from_numpy(codes).view(torch.float8_e4m3fn)
     exponents = rng.integers(-12, 4, grid)
     scale = torch.from_numpy(np.exp2(exponents) * (1 if powers else rng.uniform(1, 2, grid))).float()
-    # without the config the block size of a small grid is a guess, so give the plan one that it cannot mistake
-    from neuron_fp8_loader.granularity import Granularity
-    from neuron_fp8_loader.layout import Layout, apply_layout
-    from neuron_fp8_loader.plan import Pair, Plan
+    # the block size of a small grid would be a guess, so name it
 
     pair = Pair("a.weight", "a.weight_scale", "weight_scale", Granularity("block", block))
     tensors = {"a.weight": weight, "a.weight_scale": scale}
-    done = apply_layout(Layout((pair,)), Plan("test", {}, (pair,)), tensors, 2, inplace=False)
-    new, row_scale = done.replaced["a.weight"], done.replaced["a.weight_scale"]
+    apply_layout(Layout((pair,)), tensors, 2, inplace=False)
+    new, row_scale = tensors["a.weight"], tensors["a.weight_scale"]
 
     assert new.dtype == torch.float8_e4m3fn
     assert row_scale.dtype == torch.float32
@@ -79,10 +82,6 @@ def test_every_value_is_rounded_once(rows: int, columns: int, block: tuple[int, 
 
 
 def test_error_reported_is_the_error_made() -> None:
-    from neuron_fp8_loader.checkpoint import describe
-    from neuron_fp8_loader.options import Options
-    from neuron_fp8_loader.plan import make_plan
-    from neuron_fp8_loader.rescale import rescale_planned
 
     weight, scale = blocks(np.random.default_rng(0), 300, 513, (128, 128))
     sd = {"a.weight": weight, "a.weight_scale_inv": scale}
