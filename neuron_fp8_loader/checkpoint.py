@@ -15,6 +15,7 @@ import safetensors
 import torch
 
 from .errors import CheckpointError, listing
+from .formats import E4M3FN, E4M3FNUZ
 
 _INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -110,6 +111,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     index, files = _find(path)
+    if len({file.suffix for file in files}) > 1:
+        raise CheckpointError(f"{index}: lists files of several formats; expected .safetensors or .bin throughout")
     selected = (
         frozenset([path]) if path.is_file() and path.name.endswith((".safetensors", ".bin")) else frozenset(files)
     )
@@ -139,7 +142,7 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
     if path.is_dir():
         for single in _SINGLE:
             if (path / single).is_file():
-                return None, [path / single]
+                return _own_index(path / single), [path / single]
         index = _index_in(path)
         if index:
             return index, _listed(index)
@@ -163,8 +166,18 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
     return None, [path]
 
 
+def _own_index(file: Path) -> Path | None:
+    """The index of a checkpoint of one file; one that lists shards is left over from another form of it."""
+    index = file.with_name(file.name + _INDEX_SUFFIX)
+    return index if index.is_file() and set(_read_index(index).values()) == {file.name} else None
+
+
 def _index_in(directory: Path) -> Path | None:
-    found = sorted(directory.glob("*.safetensors" + _INDEX_SUFFIX)) or sorted(directory.glob("*.bin" + _INDEX_SUFFIX))
+    found = sorted(directory.glob("*.safetensors" + _INDEX_SUFFIX))
+    if not any(
+        directory.glob("*.safetensors")
+    ):  # else an index of .bin files is left over: they are often not fetched
+        found = found or sorted(directory.glob("*.bin" + _INDEX_SUFFIX))
     named = [index for index in found if index.name in _INDEXES]
     choice = named or found
     if len(choice) > 1:
@@ -297,6 +310,13 @@ def load_bin(file: Path, *, device: str = "cpu") -> dict[str, Any]:
 
 def _bin_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     loaded = load_bin(file, device="meta")
+    for name, value in loaded.items():
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if any(isinstance(t, torch.Tensor) and t.dtype in (E4M3FN, E4M3FNUZ) for t in inner):
+            raise CheckpointError(
+                f"{file}: {name!r} is a {type(value).__name__} with FP8 tensors inside, not a tensor; save the state "
+                "dict itself"
+            )
     return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)], {}
 
 
