@@ -72,9 +72,15 @@ def random_codes(
     return torch.from_numpy(drawn).view(dtype)
 
 
+def blob(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, of any dtype and shape."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Same dtype, shape and bytes: NaN equals NaN, -0 does not equal 0."""
-    return one.dtype == other.dtype and one.shape == other.shape and raw(one).tobytes() == raw(other).tobytes()
+    return one.dtype == other.dtype and one.shape == other.shape and blob(one) == blob(other)
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:

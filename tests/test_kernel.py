@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_threads_on_one_buffer(path):
     given, dst = torch.from_numpy(src), torch.zeros(len(src), dtype=torch.uint8)
     cuts = [*range(0, len(src), 50_001), len(src)]
     with ThreadPoolExecutor(4) as pool:
-        spans = list(zip(cuts, cuts[1:], strict=False))
+        spans = list(itertools.pairwise(cuts))
         parts = list(pool.map(lambda s: translate(given[s[0] : s[1]], dst[s[0] : s[1]], RATIO), spans))
     np.testing.assert_array_equal(dst.numpy(), expected)
     total = Counts()
@@ -169,8 +170,8 @@ def in_a_fresh_process(forced: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_variable_forces_a_path():
-    for name in {kernel.paths()[-1], kernel.paths()[0]}:
-        assert in_a_fresh_process(name).stdout.strip() == name
+    slowest = kernel.paths()[-1]  # never chosen by itself where there is another
+    assert in_a_fresh_process(slowest).stdout.strip() == slowest
 
 
 def test_a_path_that_is_not_here_is_a_clear_error():
