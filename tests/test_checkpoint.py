@@ -203,7 +203,7 @@ def test_nothing_there(tmp_path):
     assert "no checkpoint here" in error_of(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     assert "expected a directory, a .safetensors or .bin file, or an index" in error_of(tmp_path / "notes.txt")
-    with pytest.raises(CheckpointError, match="takes one .safetensors file"):
+    with pytest.raises(CheckpointError, match="takes one"):
         load_file(tmp_path)
 
 
