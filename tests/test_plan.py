@@ -250,8 +250,8 @@ def test_a_config_that_says_nothing(tmp_path, content):
         ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, True),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, False),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, None),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"type": "float", "num_bits": 8}}}}, True),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"type": "int", "num_bits": 8}}}}, False),
+        ({"config_groups": {"g": {"weights": {"type": "float", "num_bits": 8}}}}, True),
+        ({"config_groups": {"g": {"weights": {"type": "int", "num_bits": 8}}}}, False),
         ({"quant_method": "torchao"}, None),
     ],
 )  # fmt: skip
