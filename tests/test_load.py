@@ -205,3 +205,12 @@ def test_a_progress_bar_changes_nothing(capfd):
 def test_metadata_comes_along(tmp_path):
     file = save(tmp_path / "model.safetensors", original(TINY / "model.safetensors"), {"format": "pt", "x": "y"})
     assert load_checkpoint(file).metadata == {"format": "pt", "x": "y"}
+
+
+def test_load_file_takes_a_device_as_the_original_does():
+    file = TINY / "model.safetensors"
+    expected = load_state_dict(file)
+    for loaded in (load_file(file, "cpu"), load_file(str(file), device=torch.device("cpu"))):
+        assert list(loaded) == list(expected)
+        assert all(same_bytes(loaded[name], tensor) for name, tensor in expected.items())
+    assert {t.device.type for t in load_file(file, device="meta").values()} == {"meta"}

@@ -96,9 +96,12 @@ def test_weights_that_share_a_scale_wait_for_each_other(tmp_path, small_pieces, 
     assert whole["x.weight_scale"].item() == 2
 
 
-def test_an_overflow_far_into_a_sibling_shard_is_found(tmp_path, small_pieces):
-    files = save_shards(tmp_path, {"a.weight": heat(cold(1000, 1), 999)}, {"a.weight_scale": torch.ones(1)})
-    assert load_file(files[1])["a.weight_scale"].item() == 2
+@pytest.mark.parametrize("byte", [0x77, 0x78, 0x7E, 0xF8])
+def test_an_overflow_far_into_a_sibling_shard_is_found(tmp_path, small_pieces, byte):
+    weight = cold(1000, 1)
+    weight.view(torch.uint8)[999] = byte
+    files = save_shards(tmp_path, {"a.weight": weight}, {"a.weight_scale": torch.ones(1)})
+    assert load_file(files[1])["a.weight_scale"].item() == (1 if byte == 0x77 else 2)
 
 
 # -- cutting ----------------------------------------------------------------------------------------------------
@@ -118,6 +121,7 @@ def test_pieces_cover_every_byte_once(sizes, piece, buffers, random):
         for i, nbytes in enumerate(lengths):
             infos.append(TensorInfo(f"{number}.{i}", "uint8", (nbytes,), nbytes, Path(f"{number}"), offset))
             offset += nbytes
+    infos = [info for info in infos if random.random() < 0.8]  # what is not asked for leaves gaps
     random.shuffle(infos)
     by_name = {info.name: info for info in infos}
     before = reader.PIECE, reader._MAX_BUFFERS
