@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEXES = tuple(name + _INDEX_SUFFIX for name in _SINGLE)
 _BIN = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ext>\.safetensors|\.bin)$")
+
+_LONGEST_HEADER = 100_000_000  # safetensors refuses longer ones
 
 # safetensors' names of dtypes -> (torch's name, bits an element)
 _DTYPES: dict[str, tuple[str, int]] = {
@@ -75,6 +79,7 @@ class Checkpoint:
     """The files of a checkpoint and the headers of all its tensors, in the order of the files.
 
     ``selected`` is a subset of ``files`` when the path named one shard: the others are there for pairing only.
+    ``digests`` are of the headers of ``files``, in which the same ones mean the same tensors at the same places.
     """
 
     path: Path
@@ -83,6 +88,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     index: Path | None = None
+    digests: tuple[bytes, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -122,8 +128,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
+    digests: list[bytes] = []
     for file in files:
-        infos, meta = _headers(file)
+        infos, meta, digest = _headers(file)
+        digests.append(digest)
         if file in selected:
             metadata.update(meta)
         for info in infos:
@@ -134,7 +142,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         problems += _compare(weight_map, tensors)
     if problems:
         raise CheckpointError(f"{index or path}: the shards do not fit together, {listing('problem', problems)}")
-    return Checkpoint(path, tuple(files), selected, tensors, metadata, index)
+    return Checkpoint(path, tuple(files), selected, tensors, metadata, index, tuple(digests))
 
 
 def _find(path: Path) -> tuple[Path | None, list[Path]]:
@@ -222,7 +230,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _listed(index: Path) -> list[Path]:
-    files = sorted({index.parent / name for name in _read_index(index).values()})
+    files = sorted(index.parent / name for name in set(_read_index(index).values()))
     if not files:
         raise CheckpointError(f"{index}: lists no tensors")
     return files
@@ -246,7 +254,7 @@ def _compare(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -
         info = tensors.get(name)
         if info is None:
             problems.append(f"the index places {name} in {file}, which does not hold it")
-        elif _name(info.file) != Path(file).name:
+        elif _name(info.file) != file.rpartition("/")[2]:
             problems.append(f"the index places {name} in {file}; it is in {_name(info.file)}")
     problems += [f"{n} is in {_name(i.file)} but not in the index" for n, i in tensors.items() if n not in weight_map]
     return problems
@@ -256,11 +264,22 @@ def _name(file: Path | None) -> str:
     return file.name if file else "memory"
 
 
-def _headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
-    return _bin_headers(file) if file.suffix == ".bin" else _safetensors_headers(file)
+def _headers(file: Path) -> tuple[list[TensorInfo], dict[str, str], bytes]:
+    """The tensors and the metadata of a file, and a digest that is another once its header has changed."""
+    if file.suffix == ".bin":
+        return _bin_headers(file), {}, b""
+    try:
+        with open(file, "rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            header = raw.read(min(int.from_bytes(raw.read(8), "little"), _LONGEST_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(header + size.to_bytes(8, "little")).digest()
+    return *_safetensors_headers(file, digest), digest
 
 
-def _safetensors_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+@lru_cache(maxsize=1024)  # shards loaded one by one look at the headers of all their siblings each time
+def _safetensors_headers(file: Path, _digest: bytes) -> tuple[list[TensorInfo], dict[str, str]]:
     try:
         with open(file, "rb") as raw:
             position = 8 + int.from_bytes(raw.read(8), "little")
@@ -310,7 +329,7 @@ def load_bin(file: Path, *, device: str = "cpu") -> dict[str, Any]:
     return dict(loaded)
 
 
-def _bin_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+def _bin_headers(file: Path) -> list[TensorInfo]:
     loaded = load_bin(file, device="meta")
     for name, value in loaded.items():
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -319,7 +338,7 @@ def _bin_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
                 f"{file}: {name!r} is a {type(value).__name__} with FP8 tensors inside, not a tensor; save the state "
                 "dict itself"
             )
-    return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)], {}
+    return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)]
 
 
 def describe(name: str, tensor: torch.Tensor, file: Path | None = None) -> TensorInfo:
