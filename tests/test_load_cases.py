@@ -303,3 +303,14 @@ def test_loads_inside_a_default_device(tmp_path):
         for name, tensor in inside.items():
             assert tensor.device.type == "cpu"
             assert same_bytes(tensor, expected[name])
+
+
+def test_a_shard_written_anew_is_read_anew(tmp_path):
+    """Headers and plans are kept for shards loaded one by one, as long as the files say the same."""
+    for i, name in enumerate(("a", "b", "b", "c")):
+        dtype = torch.float8_e4m3fn if i != 2 else torch.int8  # of the same size
+        first = {f"{name}.weight": torch.full((8,), 256.0).to(dtype) if i != 2 else torch.ones(8, dtype=dtype)}
+        files = save_shards(tmp_path, first, {f"{name}.weight_scale": ONE * (i + 1)})
+        for _ in range(2):
+            assert load_file(files[1])[f"{name}.weight_scale"].item() == (i + 1) * (1 if i == 2 else 2)
+            assert list(load_file(files[0])) == [f"{name}.weight"]
