@@ -197,6 +197,19 @@ def test_one_array_wrapped_twice(inplace):
 
 
 @BOTH
+def test_one_array_wrapped_twice_in_parts_that_are_apart(inplace):
+    """Two storages that begin at the same address."""
+    array = random_codes((64,), 5).view(torch.uint8).numpy()
+    head, tail = torch.from_numpy(array[:16]), torch.from_numpy(array)[32:]
+    given = {"a.weight": head.view(torch.float8_e4m3fn), "b.weight": tail.view(torch.float8_e4m3fn)}
+    given |= {"a.weight_scale": torch.ones(1), "b.weight_scale": torch.ones(1)}
+    before = frozen(given)
+    after = rescale_state_dict(given, inplace=inplace)
+    for name in ("a.weight", "b.weight"):
+        assert same_bytes(after[name], halved(before[name]))
+
+
+@BOTH
 @pytest.mark.parametrize(
     "view",
     [
