@@ -54,7 +54,7 @@ def _parts(template: str) -> tuple[str, str]:
 
 def _rename(source: str, target: str, name: str) -> str | None:
     head, tail = _parts(source)
-    if len(name) <= len(head) + len(tail) or not (name.startswith(head) and name.endswith(tail)):
+    if not name.endswith(tail) or not name.startswith(head) or len(name) <= len(head) + len(tail):
         return None
     before, after = _parts(target)
     return before + name[len(head) : len(name) - len(tail)] + after

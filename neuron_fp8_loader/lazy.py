@@ -88,7 +88,12 @@ class safe_open:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, converted."""
-        return self._ready(name, self._file.get_tensor(name))
+        with torch.device("cpu"):  # safetensors obeys a default device, and may run inside `torch.device("meta")`
+            return self._ready(name, self._file.get_tensor(name))
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file, converted, in the order of their data."""
+        return {name: self.get_tensor(name) for name in self.offset_keys()}
 
     def get_slice(self, name: str) -> Slice:
         """A lazy tensor: index it for the converted values of a part."""
@@ -133,7 +138,8 @@ class Slice:
         return str(self._part.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._owner._ready(self._name, self._part[index])
+        with torch.device("cpu"):  # as in get_tensor
+            return self._owner._ready(self._name, self._part[index])
 
 
 def _count(part: torch.Tensor) -> Counts:

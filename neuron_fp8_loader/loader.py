@@ -66,17 +66,20 @@ def load_state_dict(path: str | os.PathLike[str], **options: Any) -> dict[str, t
     return load_checkpoint(path, **options).state_dict
 
 
-def load_file(path: str | os.PathLike[str], **options: Any) -> dict[str, torch.Tensor]:
+def load_file(
+    path: str | os.PathLike[str], device: str | int | torch.device = "cpu", **options: Any
+) -> dict[str, torch.Tensor]:
     """Drop-in for ``safetensors.torch.load_file``: the tensors of one shard, Neuron-ready.
 
     A pair may reach into a sibling shard, found through the index beside it; what is decided there (does the weight
     fit?) is decided as for the whole checkpoint, so shards loaded one by one go together.
 
-    Args, Returns, Raises: as ``load_state_dict``, for one file.
+    Args, Returns, Raises: as ``load_state_dict``, for one file; ``device`` is where the tensors go once rescaled.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; load_file takes one .safetensors file")
-    return load_checkpoint(path, **options).state_dict
+    loaded = load_checkpoint(path, **options).state_dict
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
 def load_checkpoint(path: str | os.PathLike[str], **options: Any) -> LoadedCheckpoint:

@@ -87,7 +87,7 @@ class Options:
             return self.threads
         text = os.environ.get(THREADS_ENV, "").strip()
         if text:
-            if not text.isdigit() or int(text) < 1:
+            if not text.isdecimal() or int(text) < 1:
                 raise OptionError(f"{THREADS_ENV}={text}: expected a whole number from 1 up")
             return int(text)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -164,7 +164,20 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
 def plan_for(checkpoint: Checkpoint) -> Plan:
     """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
     declared = read_declared(checkpoint.directory, checkpoint.metadata)
-    return make_plan(checkpoint.tensors, str(checkpoint.path), declared)
+    source = str(checkpoint.path)
+    if len(checkpoint.files) == 1 or checkpoint.is_bin:
+        return make_plan(checkpoint.tensors, source, declared)
+    # shards loaded one by one are planned as a whole each time: keep the plan while nothing changes
+    key = (checkpoint.files, checkpoint.digests, declared, conventions.conventions())
+    global _last
+    last_key, plan = _last
+    if plan is None or last_key != key:
+        plan = make_plan(checkpoint.tensors, source, declared)
+        _last = key, plan
+    return replace(plan, source=source)
+
+
+_last: tuple[object, Plan | None] = None, None
 
 
 def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared | None = None) -> Plan:

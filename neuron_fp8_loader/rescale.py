@@ -11,8 +11,8 @@ import torch
 
 from . import kernel
 from .checkpoint import describe
-from .errors import ScaleError, WeightError, listing
-from .formats import E4M3FN, FNUZ, HALF, Table
+from .errors import OptionError, ScaleError, WeightError, listing
+from .formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
 from .kernel import Counts, translate
 from .layout import Layout, apply_layout, check_layout, plan_layout
 from .memory import allocate, as_bytes, shaped
@@ -21,7 +21,7 @@ from .parallel import pieces, run
 from .plan import Plan, make_plan
 from .report import Report, WeightReport
 from .scales import check_scale, rescaled
-from .sharing import change_once, identity, moved, overlapping, span, storage_id
+from .sharing import Span, change_once, identity, is_plain, moved, overlapping, span, storage_id
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -55,9 +55,12 @@ def rescale_planned(
     """``rescale_state_dict`` by a plan already made; also gives the report."""
     begin = time.perf_counter()
     threads, table = options.thread_count(), options.table
+    if inplace and not isinstance(state_dict, MutableMapping):
+        raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
     _check_readable(plan, state_dict)
     layout = plan_layout(plan, options)
-    tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    # what cannot be looked into (sparse, on a device, a subclass) needs no change either: that has been checked
+    tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor) and is_plain(t)}
 
     counts = _count(plan, tensors, table, threads)
     check_weights(plan, counts, options)
@@ -68,13 +71,13 @@ def rescale_planned(
     _check_neighbours(plan, tensors, convert, scales, layout.raw)
     report = make_report(plan, options, tensors, counts, convert, scales)
 
+    replaced = _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
     changed = _change(plan, tensors, convert, scales, table, threads, inplace)
-    changed |= _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
-    result = finish_layout(layout, {**state_dict, **changed}, report, inplace=inplace)
+    result = finish_layout(layout, {**state_dict, **changed, **replaced}, report, inplace=inplace)
     report.seconds = time.perf_counter() - begin
     if not inplace:
         return result, report
-    assert isinstance(state_dict, MutableMapping)
+    assert isinstance(state_dict, MutableMapping)  # checked above
     for name in state_dict.keys() - result.keys():
         del state_dict[name]
     state_dict.update({name: value for name, value in result.items() if value is not state_dict[name]})
@@ -195,18 +198,25 @@ def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, in
 
 def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
     needed = {*(p.weight for p in plan.pairs), *(p.scale for p in plan.pairs), *plan.unscaled, *plan.fnuz}
-    problems = [
-        f"{name}: is on {t.device}; rescale it on the CPU, with its data"
-        for name in needed
-        if (t := state_dict[name]).device.type != "cpu"
-    ]
+    needed |= {a.name for a in plan.activation_scales}
+    problems = []
     for name, t in state_dict.items():
-        if isinstance(t, torch.Tensor) and hasattr(t, "__tensor_flatten__"):
-            inner = [getattr(t, part) for part in t.__tensor_flatten__()[0]]
-            if any(isinstance(part, torch.Tensor) and part.dtype == E4M3FN for part in inner):
-                problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
+        if not isinstance(t, torch.Tensor):
+            continue
+        if hasattr(t, "__tensor_flatten__") and _holds_fp8(t):
+            problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
+        elif name in needed and not is_plain(t):
+            kind = t.device if t.device.type != "cpu" else f"a {type(t).__name__} of layout {t.layout}"
+            problems.append(f"{name}: is on {kind}; rescale it on the CPU, as a dense tensor with its data")
     if problems:
         raise WeightError(f"{plan.source}: cannot read {listing('tensor', sorted(problems))}")
+
+
+def _holds_fp8(tensor: torch.Tensor) -> bool:
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
+        return any(isinstance(part, torch.Tensor) and _holds_fp8(part) for part in inner)
+    return tensor.dtype in (E4M3FN, E4M3FNUZ)
 
 
 def _count(plan: Plan, tensors: Tensors, table: Table, threads: int) -> dict[str, Counts]:
@@ -261,7 +271,8 @@ def _check_neighbours(
         if len(group) == 1:
             continue
         meanings: set[Any] = {
-            (name in convert, name in scales, name in reciprocal, tensors[name].dtype) for name in group
+            (name in convert, name in scales, name in reciprocal, tensors[name].dtype, storage_id(tensors[name]))
+            for name in group
         }
         if any(name in raw for name in group):  # laid out whole: one and the same tensor, or nothing
             meanings = {identity(tensors[name]) for name in group} | {(name in raw,) for name in group}
@@ -285,7 +296,7 @@ def _change(
     inplace: bool,
 ) -> dict[str, torch.Tensor]:
     """Write the new weights and scales, into the tensors themselves or into new ones, which are returned."""
-    by_storage: dict[int, list[str]] = {}
+    by_storage: dict[Span, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
             by_storage.setdefault(storage_id(tensor), []).append(name)
