@@ -209,7 +209,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _listed(index: Path) -> list[Path]:
-    files = sorted({index.parent / name for name in _read_index(index).values()})
+    files = sorted(index.parent / name for name in set(_read_index(index).values()))
     if not files:
         raise CheckpointError(f"{index}: lists no tensors")
     return files
@@ -229,11 +229,12 @@ def _check_shards(index: Path, weight_map: Mapping[str, str], files: list[Path])
 
 def _compare(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[str]:
     problems = []
+    names = {file: Path(file).name for file in set(weight_map.values())}  # once a file: paths are slow to make
     for name, file in weight_map.items():
         info = tensors.get(name)
         if info is None:
             problems.append(f"the index places {name} in {file}, which does not hold it")
-        elif _name(info.file) != Path(file).name:
+        elif _name(info.file) != names[file]:
             problems.append(f"the index places {name} in {file}; it is in {_name(info.file)}")
     problems += [f"{n} is in {_name(i.file)} but not in the index" for n, i in tensors.items() if n not in weight_map]
     return problems
