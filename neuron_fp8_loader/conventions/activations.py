@@ -61,7 +61,7 @@ ACTIVATION_RULES: tuple[ActivationRule, ...] = (
     _rule("input", r"^(?P<module>.+)\.activation_rcp_scaling_factor$", "TensorRT-LLM", reciprocal=True),
 )
 
-_ENDINGS = ("scale", "qscale_act", "scale_inv", "scaling_factor")
+_ENDINGS = ("scale", "scale_input", "qscale_act", "scale_inv", "scaling_factor")
 _WEIGHTS = ("weight_scale", "weight_scale_inv")  # the most frequent names, and never one of these scales
 
 
