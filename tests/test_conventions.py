@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from convention_rows import LEFT_ALONE, ROWS, Row, made, parse
+from made import expanded, values
 from safetensors.torch import load_file as original
 from safetensors.torch import save_file
-from support import ROOT, SHARED, e4m3fn, expanded, ieee_e4m3, raw, shared, sqnr, values
+from support import ROOT, SHARED, e4m3fn, ieee_e4m3, raw, shared, sqnr
 
 from neuron_fp8_loader import (
     OptionError,
