@@ -46,7 +46,7 @@ ACTIVATION_RULES: tuple[ActivationRule, ...] = (
     _rule("kv", r"(^|\.)[qkv]_proj\.output_scale$", "Quark, compressed-tensors"),
     _rule("kv", r"(^|\.)prob_output_scale$", "Quark"),
     _rule("kv", r"(^|\.)[qkv]_cache\.scale$", "Hunyuan, AngelSlim"),
-    _rule("kv", r"^(?P<module>(.+\.)?q)\.scale$", "Hunyuan"),
+    _rule("kv", r"^(?P<module>(.+\.)?q)\.scale$", "Hunyuan", partner=(r"\bq\.scale$", "k_cache.scale")),
     _rule("kv", r"(^|\.)[kv]_cache_scale$", "Gemma quantiser of transformers"),
     _rule("kv", r"(^|\.)\w+_fake_quantizer\.qscale_act$", "Mistral (params.json)"),
     _rule("kv", r"(^|\.)kv_cache_scaling_factor$", "TensorRT-LLM"),

@@ -1,4 +1,4 @@
-"""Tensors that look like FP8 weights and are not: scales of packed weights, and markers."""
+"""Tensors that look like FP8 weights and are not: scales of packed weights, zero points, and markers."""
 
 from __future__ import annotations
 
@@ -34,5 +34,11 @@ _MARKER = re.compile(r"(^|\.)scaled_fp8$")
 
 
 def is_marker(name: str, shape: tuple[int, ...]) -> bool:
-    """ComfyUI's ``scaled_fp8``: an empty or two-element tensor whose dtype is the message, not its values."""
+    """Is it FP8 by dtype alone?
+
+    ComfyUI's ``scaled_fp8`` is an empty or two-element tensor whose dtype is the message, not its values;
+    compressed-tensors may store zero points (all 0) in the weight's dtype.
+    """
+    if name.endswith("_zero_point"):
+        return True
     return name.endswith("scaled_fp8") and _MARKER.search(name) is not None and shape in ((0,), (2,))
