@@ -500,6 +500,7 @@ ROWS: tuple[Row, ...] = (
 LEFT_ALONE: dict[str, str] = {
     # runtime bounds, zero points
     f"{Q}.input_scale_ub": "f32 1", f"{Q}.activation_scale_ub": "f32", f"{Q}.weight_zero_point": "i8 1",
+    f"{K}.weight_zero_point": "fp8 1",
     f"{L}.self_attn.k_zero_point": "f32", f"{L}.self_attn.v_zero_point": "f32",
     # parameters of the model that are called scale
     "logit_scale": "f32", "model.logits_scale": "f32 1", "model.embed_scale": "bf16 1",
@@ -507,7 +508,8 @@ LEFT_ALONE: dict[str, str] = {
     f"{L}.ffn_layer_scale": "bf16 16", f"{L}.layer_scalar": "bf16 1", f"{L}.router.per_expert_scale": "bf16 4",
     f"{L}.hc_attn_scale": "f32 3", f"{L}.hc_ffn_scale": "f32 3", f"{L}.self_attn.q_l2_clip.scale": "f32",
     "norm.scale": "bf16 16", "block.0.attn.norm.scale": "bf16 16", f"{L}.rotary_emb.mscale": "f32",
-    f"{L}.attn.q_norm.scale": "bf16 16", f"{L}.attn2.q_scale": "f32 16", f"{L}.attn2.k_scale": "f32 16",
+    f"{L}.attn.q_norm.scale": "bf16 16", f"{L}.attn.norm.q.scale": "bf16 16",
+    f"{L}.attn2.q_scale": "f32 16", f"{L}.attn2.k_scale": "f32 16",
     f"{Q}.pre_quant_scale": "bf16 16", f"{Q}.bias_scale": "f32", f"{Q}.weight_quantizer._scale": "f32",
     f"{Q}.input_quantizer._amax": "f32",
     # MXFP4: gpt-oss, Quark, compressed-tensors

@@ -391,6 +391,13 @@ def test_13_the_nan_of_fnuz_is_0x80(tmp_path: Path) -> None:
     assert np.isnan(ieee_e4m3(kept)[0]).tolist() == [True] + [False] * 255
 
 
+def test_13_a_scale_that_fnuz_and_e4m3fn_weights_share_in_memory_is_refused() -> None:
+    before = fnuz()
+    before["b.weight_scale"] = before["a.weight_scale"]  # one would have to change, the other must not
+    with pytest.raises(WeightError, match=r"(?s)a\.weight_scale, b\.weight_scale.*Clone"):
+        rescale_state_dict(before)
+
+
 # 14. FP8 tensors that are not matmul weights
 @pytest.mark.parametrize("marker", ["fp8 0", "fp8 2", "fnuz 2", "e5m2 2", "f32 2"])
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl."])
