@@ -125,7 +125,14 @@ def machine() -> dict[str, Any]:
 @click.option("--tensors", type=click.IntRange(min=4), default=100_000, help="Tensors in the index.")
 @click.option("--shards", type=click.IntRange(min=1), default=160, help="Files that they are dealt to.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Times that the plan is made.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="Raw results.")
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default="benchmarks/results/plan.json",
+    help="Raw results.",
+)
 def main(tensors: int, shards: int, repeats: int, path: Path) -> None:
     """Make a checkpoint index like DeepSeek's on the fly, plan it from index and headers, and say what took how long.
 

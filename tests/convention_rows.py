@@ -265,6 +265,12 @@ ROWS: tuple[Row, ...] = (
         unquantized=("lm_head",),
         config=_hf({"quant_method": "modelopt", "quant_algo": "MXFP8"}), declared="modelopt MXFP8", block=(1, 32),
     ),
+    Row(12, "MXFP8, compressed-tensors", {
+            f"{Q}.weight": "fp8 16 96", f"{Q}.weight_scale": "u8 16 3", **PLAIN,
+        },
+        {f"{Q}.weight": (f"{Q}.weight_scale", "MX group 1x32")},
+        unquantized=("lm_head",), config=_ct("group", group_size=32), declared=_CT, block=(1, 32),
+    ),
     Row(12, "MXFP8, MiniMax-M3 names, e8m0, 32x32", {
             f"{Q}.weight": "fp8 16 96", f"{Q}.weight_scale_inv": "u8 16 3",
             f"{K}.weight": "fp8 64 96", f"{K}.weight_scale_inv": "e8m0 2 3",
@@ -496,6 +502,24 @@ ROWS: tuple[Row, ...] = (
     ),
 )  # fmt: skip
 
+
+_S = f"{L}.self_attn"
+STATIC_SCALES: tuple[str, ...] = (
+    # inputs of modules
+    *(f"{Q}.{x}" for x in ("input_scale", "activation_scale", "qscale_act", "scale_input", "act_scale",
+                           "activation_scaling_factor")),
+    f"{EXPERTS}.gate_up_proj_input_scale", f"{EXPERTS}.gate_up_proj_activation_scale",
+    # attention and KV cache
+    *(f"{_S}.{x}_scale" for x in ("k", "v", "q", "prob", "kv")), "k_scale", f"{_S}.attn.k_scale",
+    f"{Q}.output_scale", f"{K}.output_scale", f"{V}.output_scale", f"{_S}.prob_output_scale",
+    f"{K}.k_scale", f"{V}.v_scale", f"{_S}.qkv_proj.k_scale", f"{_S}.qkqkv_proj.v_scale",
+    "backbone.layers.1.mixer.k_proj.k_scale", "backbone.layers.1.mixer.v_proj.v_scale",
+    f"{_S}.q_cache.scale", f"{_S}.k_cache.scale", f"{_S}.v_cache.scale", f"{_S}.q.scale",
+    f"{_S}.k_cache_scale", f"{_S}.v_cache_scale",
+    *(f"layers.0.attention.{x}_fake_quantizer.qscale_act" for x in ("q", "k", "v", "kv")),
+    "transformer.layers.0.attention.kv_cache_scaling_factor",
+)  # fmt: skip
+"""Every published name of a static activation, attention or KV cache scale that multiplies."""
 
 LEFT_ALONE: dict[str, str] = {
     # runtime bounds, zero points

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from convention_rows import LEFT_ALONE, ROWS, Row, made, parse
+from convention_rows import LEFT_ALONE, ROWS, STATIC_SCALES, Row, made, parse
 from made import expanded, values
 from safetensors.torch import load_file as original
 from safetensors.torch import save_file
@@ -126,6 +126,47 @@ def test_keep_activation_scales(row: Row, tmp_path: Path) -> None:
     before = write(tmp_path, row)
     after = load_checkpoint(tmp_path, activation_scales="keep").state_dict
     assert_bytes_kept(before, after, {*row.activations, *row.reciprocal})
+
+
+# -- static scales ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATIC_SCALES)
+@pytest.mark.parametrize("kind", ["f32", "bf16 1", "f16"])
+def test_static_scales_by_name(name: str, kind: str) -> None:
+    before = made({"x.weight": "fp8 8 8", "x.weight_scale": "f32", name: kind})
+    np.testing.assert_array_equal(values(rescale_state_dict(before)[name]), 2 * values(before[name]))
+    assert_bytes_kept(before, rescale_state_dict(before, activation_scales="keep"), {name})
+    before["x.weight"] = before["x.weight"].float().clamp(-240, 240).to(torch.float8_e4m3fn)
+    assert_bytes_kept(before, rescale_state_dict(before), {name})  # no weight was rescaled, so nothing is
+
+
+def test_static_scales_stay_alike() -> None:
+    before = made({"x.weight": "fp8 8 8", "x.weight_scale": "f32", **dict.fromkeys(STATIC_SCALES, "f32")})
+    for method in ("half", "ratio"):
+        after = rescale_state_dict(before, method=method)
+        ratios = {round(float(values(after[n]) / values(before[n])), 5) for n in STATIC_SCALES}
+        assert ratios == {{"half": 2.0, "ratio": round(448 / 240, 5)}[method]}
+
+
+@pytest.mark.parametrize("weight", ["u8 8 8", "i8 8 8", "bf16 8 8", "e5m2 8 8"])
+@pytest.mark.parametrize("name", [".weight", ".weight_packed", "_packed", "._weight_qdata"])
+def test_the_input_scale_of_a_module_that_is_not_fp8_is_left_alone(weight: str, name: str) -> None:
+    before = made({"x.weight": "fp8 8 8", "x.weight_scale": "f32", f"y{name}": weight, "y.input_scale": "f32",
+                   "y_input_scale": "f32", "x.input_scale": "f32"})  # fmt: skip
+    after = rescale_state_dict(before)
+    assert_bytes_kept(before, after, {"y.input_scale", "y_input_scale"})
+    assert after["x.input_scale"] == 2 * before["x.input_scale"]
+
+
+def test_per_head_kv_scales_are_told_from_learned_vectors() -> None:
+    heads = {f"x.{name}_scale": "f32 4" for name in "kv"} | {"y.k_proj.k_scale": "f32 4", "y.v_proj.v_scale": "f32 4"}
+    learned = {"z.q_scale": "f32 4", "z.k_scale": "f32 4"}
+    before = made({"x.weight": "fp8 8 8", "x.weight_scale": "f32", **heads, **learned})
+    after = rescale_state_dict(before)
+    assert_bytes_kept(before, after, set(learned))
+    for name in heads:
+        np.testing.assert_array_equal(values(after[name]), 2 * values(before[name]))
 
 
 # -- left alone -----------------------------------------------------------------------------------------------

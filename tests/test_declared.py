@@ -72,6 +72,24 @@ def test_fp8_that_was_not_promised(section: dict[str, object], says: str, tmp_pa
     assert quiet.warnings == ()
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}},
+        {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "something new", "fp8": True},
+        {"quant_method": "ptpc_fp8"},  # quantises while loading: nothing is FP8 on disk
+    ],
+    ids=lambda section: str(list(section.values())[:2]),
+)
+@pytest.mark.parametrize("tensors", [FP8, BF16], ids=["fp8", "bf16"])
+def test_no_warning_where_it_cannot_be_told(
+    section: dict[str, object], tensors: dict[str, str], tmp_path: Path
+) -> None:
+    assert declared(tmp_path, made(tensors), config={"quantization_config": section}).warnings == ()
+
+
 @pytest.mark.parametrize("content", ["{not json", "", "[1, 2]", "\x00", "[" * 100_000], ids=range(5))
 def test_a_broken_config_is_mentioned_and_stops_nothing(content: str, tmp_path: Path) -> None:
     plan = declared(tmp_path, made(FP8), config=content, hf_quant_config=content, quanto_qmap=content)

@@ -256,6 +256,19 @@ def test_09_granularity(weight: tuple[int, ...], scale: tuple[int, ...], expecte
     assert str(granularity(weight, scale)) == expected
 
 
+@pytest.mark.parametrize(
+    ("weight", "scale", "expected"),
+    [
+        ((500, 128), (8, 1), "unknown"),  # 64 rows would fit, cut short, but that is not what the config says
+        ((512, 128), (8, 1), "block 64x128"), ((16, 96), (16, 3), "block 1x32"), ((576, 448), (5, 4), "block 128x128"),
+    ],
+)  # fmt: skip
+def test_09_a_declared_size_that_does_not_fit_leaves_whole_blocks_only(
+    weight: tuple[int, ...], scale: tuple[int, ...], expected: str
+) -> None:
+    assert str(granularity(weight, scale, (128, 128))) == expected
+
+
 @pytest.mark.parametrize("scale", ["f32", "f32 2", "f32 2 1 1", "f32 2 8 1", "f32 2 1 16", "f32 2 16 1", "f32 2 16"])
 def test_09_a_constant_factor_needs_no_granularity(scale: str, tmp_path: Path) -> None:
     before = made({"m.experts.down_proj": "fp8 2 8 16", "m.experts.down_proj_scale": scale})
