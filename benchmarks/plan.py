@@ -139,8 +139,14 @@ def main(tensors: int, shards: int, repeats: int, path: Path) -> None:
     No weight data is read, so the tensors are small and empty; every plan is checked. Files are in the page cache.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        pairs = make(Path(temporary), tensors, shards)
-        runs = [run(Path(temporary), tensors, pairs) for _ in range(repeats)]
+        directory = Path(temporary) / "made"
+        directory.mkdir()
+        pairs = make(directory, tensors, shards)
+        runs = []
+        for number in range(repeats):
+            # under a name of its own, so that nothing can be remembered from the run before
+            directory = directory.rename(Path(temporary) / f"run{number}")
+            runs.append(run(directory, tensors, pairs))
     totals = [sum(phases) for phases in runs]
     middle = statistics.median(totals)
     shown = Table(title=f"{tensors} tensors in {shards} shards, {pairs} FP8 pairs, median of {repeats}")
