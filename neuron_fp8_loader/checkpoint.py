@@ -323,7 +323,12 @@ def load_bin(file: Path, *, device: str = "cpu") -> dict[str, Any]:
                 raise
             loaded = torch.load(file, map_location=device, weights_only=True)  # written before torch 1.6
     except Exception as error:
-        raise CheckpointError(f"{file}: torch.load(weights_only=True) cannot read it: {error}") from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "WeightsUnpickler" in line), lines[0])  # not the advice
+        raise CheckpointError(
+            f"{file}: not a file of plain tensors, which is all that torch.load(weights_only=True) reads: {reason}\n"
+            "Tensor subclasses (older torchao checkpoints) can be saved flattened, as safetensors, by their producer."
+        ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded)
