@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class Session:
     read_ready: bool = False
 
 
+_SCALE = re.compile(r"\.weight_scale$")
 _session: ContextVar[Session | None] = ContextVar("neuron_fp8_loader_session", default=None)
 
 
@@ -98,7 +100,7 @@ def _ready_before_conversion(cls: Any, session: Session) -> type:
 
     def convert_ready(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not session.read_ready:
-            state_dict = rescale_state_dict(state_dict, inplace=True, **session.options)
+            state_dict = _renamed(rescale_state_dict(state_dict, inplace=True, **session.options))
         return convert(state_dict, *args, **kwargs)
 
     namespace = {
@@ -107,6 +109,11 @@ def _ready_before_conversion(cls: Any, session: Session) -> type:
         "__qualname__": cls.__qualname__,
     }
     return types.new_class(cls.__name__, (cls,), {}, lambda body: body.update(namespace))
+
+
+def _renamed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """As ``get_state_dict`` does before the conversion: a new layout may have come with a new name."""
+    return {_SCALE.sub(".scale", name): value for name, value in state_dict.items()}
 
 
 def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

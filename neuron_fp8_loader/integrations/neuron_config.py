@@ -41,18 +41,22 @@ def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **k
 def init_fused_spec(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """``FusedSpecNeuronConfig.__init__``: the draft's config is mostly a copy of the target's, its list too."""
     original(self, *args, **kwargs)
-    config, path = getattr(self, "draft_config", None), getattr(self, "draft_model_path", None)
-    neuron_config = getattr(config, "neuron_config", None)
+    path = getattr(self, "draft_model_path", None)
+    neuron_config: Any = getattr(getattr(self, "draft_config", None), "neuron_config", None)
     options = parse(getattr(neuron_config, FLAG, None))
-    if options is None or not getattr(neuron_config, "quantized", False) or not acts():
+    if options is None or not os.path.exists(path or "") or not acts():
         return
     settings = dict(vars(neuron_config))
-    plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
+    if not settings.get("quantized") or settings.get("enable_fused_speculation"):
+        return  # the latter: it is the target's own
+    plan = find_plan(settings.get("quantized_checkpoints_path"))
     if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, dequantized(plan, options)):
         settings[LIST] = None  # filled in for the target, or as good as
     _settle_list(settings, path, options, draft=True)
     if settings.get(LIST):
         setattr(neuron_config, LIST, settings[LIST])
+    # the draft is read from draft_model_path whatever this says; a saved config must find its list to agree with it
+    neuron_config.quantized_checkpoints_path = path
 
 
 def set_environment() -> None:
