@@ -71,7 +71,7 @@ def _pread(job: Job) -> Tensors:
 
 
 def _runai(job: Job) -> Tensors:
-    from runai_model_streamer import SafetensorsStreamer  # type: ignore[import-not-found]
+    from runai_model_streamer import SafetensorsStreamer
 
     tensors: Tensors = {}
     with SafetensorsStreamer() as streamer:
