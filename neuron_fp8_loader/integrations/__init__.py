@@ -1,0 +1,1 @@
+"""Neuron's own loaders: NxD Inference, ModelBuilder, vLLM; and plain torch modules. None of them is imported here."""

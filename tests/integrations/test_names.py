@@ -1,0 +1,205 @@
+"""``modules_to_not_convert``. The oracle is NxD's own rule, restated: an entry matches the paths that contain it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neuron_fp8_loader import plan_checkpoint
+from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.integrations.names import contradictions, modules_to_not_convert
+from neuron_fp8_loader.plan import Plan, make_plan
+from tests.support import TINY, shared
+
+QKV = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def plan_of(fp8: list[str], plain: list[str], *, tied: bool = False) -> Plan:
+    """A plan of modules with 16x16 weights; embeddings and a norm are always there, lm_head unless tied."""
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(16, 16, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(16),
+    }
+    if not tied and "lm_head" not in fp8:
+        plain = [*plain, "lm_head"]
+    for name in fp8:
+        tensors[f"{name}.weight"] = torch.zeros(16, 16).to(torch.float8_e4m3fn)
+        tensors[f"{name}.weight_scale"] = torch.ones(16, 1)
+    tensors |= {f"{name}.weight": torch.zeros(16, 16, dtype=torch.bfloat16) for name in plain}
+    return make_plan({name: describe(name, t) for name, t in tensors.items()}, "test")
+
+
+def nxdi_path(name: str, fused_qkv: bool = False) -> str:
+    """Where NxD Inference puts a HF module (modeling_llama.py, gqa.py, modeling_qwen3_moe.py)."""
+    name = name.removeprefix("model.")
+    head, _, last = name.rpartition(".")
+    if last in QKV:
+        return f"{head}.qkv_proj.{'Wqkv' if fused_qkv else last}"
+    if last == "o_proj":
+        return f"{name}.o_proj"
+    if ".experts." in name:
+        return (
+            f"{name.split('.experts.')[0]}.expert_mlps.mlp_op.{'down_proj' if last == 'down_proj' else 'gate_up_proj'}"
+        )
+    return name.replace(".shared_expert.", ".shared_experts.")
+
+
+def converted(path: str, entries: list[str]) -> bool:
+    """Does NxD make the layer at ``path`` a quantised one? (quantize.py)"""
+    return path.split(".")[-1] not in entries and not any(entry in path for entry in entries)
+
+
+def layer(n: int, *parts: str) -> list[str]:
+    groups = {"attn": [f"self_attn.{p}" for p in (*QKV, "o_proj")], "mlp": [f"mlp.{p}" for p in MLP]}
+    return [f"model.layers.{n}.{name}" for part in parts for name in groups.get(part, [part])]
+
+
+def test_a_plain_model_leaves_out_lm_head_only() -> None:
+    assert modules_to_not_convert(plan_of([*layer(0, "attn", "mlp"), *layer(1, "attn", "mlp")], [])) == ["lm_head"]
+
+
+def test_whole_blocks_are_named_as_nxdi_asks_for_them() -> None:
+    # modeling_llama.py: fused QKV asks for `f"layers.{l}.self_attn" in list`, get_updated_configs for layers.{i}.mlp
+    plan = plan_of(
+        [*layer(0, "mlp"), *layer(1, "attn")], [*layer(0, "attn"), *layer(1, "mlp"), *layer(2, "attn", "mlp")]
+    )
+    assert modules_to_not_convert(plan) == [
+        "layers.0.self_attn", "layers.1.mlp", "layers.2.mlp", "layers.2.self_attn", "lm_head",
+    ]  # fmt: skip
+
+
+def test_single_projections_have_their_nxdi_names() -> None:
+    fp8 = [*layer(0, "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")]
+    entries = modules_to_not_convert(plan_of(fp8, layer(0, "self_attn.q_proj", "mlp.down_proj")))
+    assert entries == ["layers.0.mlp.down_proj", "layers.0.self_attn.qkv_proj.q_proj", "lm_head"]
+
+
+def test_qkv_as_one_where_only_o_proj_is_fp8() -> None:
+    plain = [f"model.layers.0.self_attn.{p}" for p in QKV]
+    assert "layers.0.self_attn.qkv_proj" in modules_to_not_convert(plan_of(layer(0, "self_attn.o_proj"), plain))
+
+
+def test_layer_1_is_not_layer_11() -> None:
+    entries = modules_to_not_convert(plan_of(layer(11, "attn", "mlp"), layer(1, "attn", "mlp")))
+    assert entries == ["layers.1.mlp", "layers.1.self_attn", "lm_head"]
+    assert all(converted(nxdi_path(name), entries) for name in layer(11, "attn", "mlp"))
+
+
+def test_a_router_is_not_named_for_it_would_hit_gate_proj() -> None:
+    plan = plan_of(layer(0, "attn", "mlp"), layer(0, "mlp.gate"))
+    assert modules_to_not_convert(plan) == ["lm_head"]
+    experts = [f"model.layers.1.mlp.experts.{e}.{p}" for e in range(2) for p in MLP]
+    assert modules_to_not_convert(plan_of(experts, layer(1, "mlp.gate", "attn"))) == ["layers.1.self_attn", "lm_head"]
+
+
+def test_experts_and_shared_experts_apart() -> None:
+    experts = [f"model.layers.0.mlp.experts.{e}.{p}" for e in range(2) for p in MLP]
+    common = [f"model.layers.0.mlp.shared_expert.{p}" for p in MLP]
+    assert modules_to_not_convert(plan_of(experts, common)) == ["layers.0.mlp.shared_experts", "lm_head"]
+    assert modules_to_not_convert(plan_of(common, experts)) == ["layers.0.mlp.expert_mlps", "lm_head"]
+
+
+def test_tied_lm_head_is_in_no_file_and_still_named() -> None:
+    assert modules_to_not_convert(plan_of(layer(0, "attn", "mlp"), [], tied=True)) == ["lm_head"]
+
+
+def test_fp8_lm_head_is_not_named() -> None:
+    assert modules_to_not_convert(plan_of(["lm_head", *layer(0, "attn")], layer(0, "mlp"))) == ["layers.0.mlp"]
+
+
+def test_other_towers_are_not_the_decoders_business() -> None:
+    # "layers.0.mlp" inside the entry would switch the kernel of the decoder's own layer 0 off
+    tower = ["vision_tower.encoder.layers.0.mlp.fc1", "visual.blocks.0.attn.qkv", "multi_modal_projector.linear_1"]
+    assert modules_to_not_convert(plan_of(layer(0, "attn", "mlp"), tower)) == ["lm_head"]
+
+
+def test_language_model_prefixes_are_stripped() -> None:
+    for prefix in ("language_model.model.", "model.language_model.", "transformer."):
+        plan = plan_of([f"{prefix}layers.0.mlp.{p}" for p in MLP], [f"{prefix}layers.0.self_attn.q_proj"])
+        assert modules_to_not_convert(plan) == ["layers.0.self_attn", "lm_head"]
+
+
+def test_what_cannot_be_named_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    experts = [f"model.layers.0.mlp.experts.{e}.{p}" for e in range(2) for p in MLP]
+    with caplog.at_level(logging.WARNING, logger="neuron_fp8_loader"):
+        entries = modules_to_not_convert(plan_of(experts[1:], experts[:1]))
+    assert entries == ["lm_head"]
+    assert "experts.0.gate_proj" in caplog.text
+
+
+def test_dequantized_weights_count_as_unquantised() -> None:
+    plan = plan_of(layer(0, "attn", "mlp"), [])
+    dequantized = [f"{name}.weight" for name in layer(0, "attn")]
+    assert modules_to_not_convert(plan, dequantized) == ["layers.0.self_attn", "lm_head"]
+
+
+def test_contradictions_list_both_sides() -> None:
+    plan = plan_of(layer(0, "attn", "mlp"), layer(1, "attn"))
+    assert contradictions(plan, modules_to_not_convert(plan)) == ([], [])
+    fp8, missing = contradictions(plan, ["layers.0.mlp", "lm_head"])
+    assert fp8 == layer(0, "mlp")
+    assert missing == layer(1, "attn")
+    assert contradictions(plan, ["layers.1.self_attn"]) == ([], ["lm_head"])
+    assert contradictions(plan, ["lm_head", "layers.1.self_attn", "mlp.gate"])[0] == ["model.layers.0.mlp.gate_proj"]
+
+
+def test_contradictions_know_the_names_of_the_checkpoint_and_shorthand() -> None:
+    plan = plan_of(layer(0, "mlp"), layer(0, "attn"))
+    assert contradictions(plan, ["self_attn", "lm_head"]) == ([], [])
+    assert contradictions(plan, ["lm_head", *layer(0, "attn")]) == ([], [])
+
+
+def test_modules_that_nxdi_need_not_quantise_are_never_missing() -> None:
+    plan = plan_of(layer(0, "attn", "mlp"), layer(0, "mlp.gate", "mlp.shared_expert_gate", "eh_proj"))
+    assert contradictions(plan, ["lm_head"]) == ([], [])
+
+
+NAMES = [name for n in (0, 1, 11, 12) for name in layer(n, "attn", "mlp")]
+
+
+@given(st.lists(st.booleans(), min_size=len(NAMES), max_size=len(NAMES)), st.booleans())
+def test_exactly_the_fp8_modules_are_converted(flags: list[bool], tied: bool) -> None:
+    fp8 = [name for name, flag in zip(NAMES, flags, strict=True) if flag]
+    plain = [name for name in NAMES if name not in fp8]
+    plan = plan_of(fp8, plain, tied=tied)
+    entries = modules_to_not_convert(plan)
+    assert [name for name in NAMES if converted(nxdi_path(name), entries)] == fp8
+    assert not converted("lm_head", entries)
+    assert contradictions(plan, entries) == ([], [])
+
+
+def test_fused_qkv_is_converted_as_one() -> None:
+    plan = plan_of(layer(0, "attn"), layer(1, "attn"))
+    entries = modules_to_not_convert(plan)
+    assert converted(nxdi_path("model.layers.0.self_attn.q_proj", fused_qkv=True), entries)
+    assert not converted(nxdi_path("model.layers.1.self_attn.q_proj", fused_qkv=True), entries)
+
+
+def test_the_example_checkpoint() -> None:
+    assert modules_to_not_convert(plan_checkpoint(TINY)) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct_fp8_dynamic_moe",
+        "hf_fp8_block",
+        "hf_fp8_block_moe_fused",
+        "modelopt_fp8",
+        "torchao_fp8_wo",
+        "derived_fbgemm",
+    ],
+)
+def test_real_checkpoints(name: str) -> None:
+    plan = plan_checkpoint(shared(name))
+    entries = modules_to_not_convert(plan)
+    assert "lm_head" in entries
+    assert contradictions(plan, entries) == ([], [])
+    for pair in plan.pairs:
+        module = pair.weight.removesuffix("._weight_qdata").removesuffix(".weight")
+        assert converted(nxdi_path(module), entries), module
