@@ -49,6 +49,7 @@ class Table:
         lossy: 256 flags: does ``out * scale_factor`` differ from the value before?
         symmetric: 128 bytes for the native kernel, magnitude code -> new magnitude code with bit 7 = lossy;
             empty where the sign bit is not simply carried over.
+        source: the dtype whose codes it translates; float8_e4m3fnuz has its nan elsewhere.
     """
 
     name: str
@@ -56,16 +57,19 @@ class Table:
     out: bytes
     lossy: bytes
     symmetric: bytes = field(repr=False)
+    source: torch.dtype = E4M3FN
 
 
 def _table(name: str, factor: float, source: torch.dtype, translated: torch.Tensor) -> Table:
     out = translated.view(torch.uint8)
     before = _all_bytes().view(source).double()
+    # the sign of a nan that went through arithmetic depends on the host's vector unit
+    out[before.isnan()] = _all_bytes()[before.isnan()] if source == E4M3FN else NAN_CODE
     after = out.view(E4M3FN).double() * factor
     lossy = (before != after) & ~before.isnan()
     signs_kept = bool(torch.equal(out[:128] | 0x80, out[128:])) and bool((out[:128] < 0x80).all())
     symmetric = bytes((out[:128] | (lossy[:128].to(torch.uint8) << 7)).tolist()) if signs_kept else b""
-    return Table(name, factor, bytes(out.tolist()), bytes(lossy.tolist()), symmetric)
+    return Table(name, factor, bytes(out.tolist()), bytes(lossy.tolist()), symmetric, source)
 
 
 def _half() -> Table:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import OptionError
-from .formats import LARGEST_FIT, NAN_CODE, Table
+from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, Table
 
 try:
     from . import _kernel
@@ -95,7 +95,7 @@ def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) 
 
 def _summarise(histogram: torch.Tensor, table: Table) -> Counts:
     seen = histogram.tolist()
-    if table.symmetric:
+    if table.source == E4M3FN:
         is_nan = [byte & 0x7F == NAN_CODE for byte in range(256)]
         is_above = [LARGEST_FIT < byte & 0x7F < NAN_CODE for byte in range(256)]
     else:  # fnuz: its nan is 0x80, its largest value 240
