@@ -42,7 +42,7 @@ class WeightCodes:
     @cached_property
     def magnitudes(self) -> list[int]:
         """How often each of the 128 magnitude codes occurs, whatever the sign."""
-        return (self.histogram[:128] + self.histogram[128:]).tolist()  # type: ignore[no-any-return]
+        return (self.histogram[:128] + self.histogram[128:]).tolist()
 
     @property
     def numel(self) -> int:
@@ -190,9 +190,7 @@ def scan(checkpoint: Checkpoint, plan: Plan, options: Options) -> Scan:
     return result
 
 
-def _histograms(
-    checkpoint: Checkpoint, infos: Sequence[TensorInfo], options: Options
-) -> dict[str, torch.Tensor]:
+def _histograms(checkpoint: Checkpoint, infos: Sequence[TensorInfo], options: Options) -> dict[str, torch.Tensor]:
     counts = {info.name: torch.zeros(256, dtype=torch.int64, device="cpu") for info in infos}
     lock = threading.Lock()
 
