@@ -52,7 +52,7 @@ def write_plot(scan: Scan, path: str) -> None:
             anchor="start",
         )
     )
-    chart = chart.configure_view(stroke=None).resolve_scale(color="independent")
+    chart = chart.configure_view(stroke=None).configure_title(anchor="start").resolve_scale(color="independent")
     if path.endswith(".png"):
         chart.save(path, scale_factor=2)
     else:
@@ -97,7 +97,9 @@ def _map(alt: Any, scan: Scan, width: int) -> Any:
             x=alt.X("layer:N", sort=_layer_order(cells), axis=alt.Axis(title=None, labelAngle=0, labelOverlap=True)),
             y=alt.Y("module:N", sort=modules, axis=alt.Axis(title=None, labelLimit=260)),
             color=alt.Color(
-                "share:Q", scale=alt.Scale(scheme="orangered"), legend=alt.Legend(title="share", format=".2%")
+                "share:Q",
+                scale=alt.Scale(scheme="orangered", domainMin=0),
+                legend=alt.Legend(title="share", format=".2%"),
             ),
             tooltip=[
                 "layer:N",
@@ -140,11 +142,19 @@ def _codes(alt: Any, scan: Scan, width: int) -> Any:
     total = max(1, sum(before))
     stages = (("on disk", before), (f"after the loader ({scan.options.method})", after))
     rows = [
-        {"stage": stage, "code": code, "hex": f"0x{code:02x}", "count": n, "share": n / total, "neuron": _reading(code)}
+        {
+            "stage": stage,
+            "code": code,
+            "hex": f"0x{code:02x}",
+            "count": n,
+            "share": n / total,
+            "neuron": _reading(code),
+        }
         for stage, counts in stages
         for code, n in enumerate(counts)
         if n and code < NAN_CODE
     ]
+    powers = [10**n for n in range(0, len(str(max(before + after))), 1 + len(str(total)) // 5)]
     ticks = [0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, LARGEST_FIT]
     return (
         alt.Chart(alt.Data(values=rows))
@@ -157,7 +167,9 @@ def _codes(alt: Any, scan: Scan, width: int) -> Any:
                     values=ticks, grid=False, title="magnitude code", labelExpr="'0x' + format(datum.value, '02x')"
                 ),
             ),
-            y=alt.Y("count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format="~s", tickCount=5)),
+            y=alt.Y(
+                "count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format="~s", values=powers)
+            ),
             color=alt.Color(
                 "neuron:N",
                 scale=alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values())),
