@@ -46,17 +46,10 @@ def paths() -> list[str]:
     return [*(_kernel.paths() if _kernel else ()), "torch"]
 
 
-def _choose() -> str:
-    forced = os.environ.get(ENV, "")
-    if not forced:
-        return paths()[0]
-    if forced not in paths():
-        raise OptionError(f"{ENV}={forced}: no such path here; there are {', '.join(paths())}")
-    return forced
+_RUN_HERE = tuple(paths())
 
-
-active: str = _choose()
-"""The path in use."""
+active: str = os.environ.get(ENV, "") or paths()[0]
+"""The path in use. A name that is none is refused by ``translate``, not by the import: ``doctor`` must still run."""
 
 
 def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:
@@ -66,7 +59,12 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
         src: uint8, contiguous, on the CPU.
         dst: the same, as long as ``src``; may be ``src`` itself, may not overlap it otherwise. None: only count.
         table: which translation (``formats.HALF``, ``RATIO``, ``FNUZ``).
+
+    Raises:
+        OptionError: ``NEURON_FP8_LOADER_KERNEL`` names a path that does not run here.
     """
+    if active not in _RUN_HERE:
+        raise OptionError(f"{ENV}={active}: no such path here; there are {', '.join(_RUN_HERE)}")
     n = src.numel()
     for t in (src,) if dst is None else (src, dst):
         if t.dtype != torch.uint8 or not t.is_contiguous() or t.device.type != "cpu" or t.numel() != n:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -133,6 +134,41 @@ def find_overflow(infos: Iterable[TensorInfo], table: Table) -> bool:
                 if translate(scratch[: end - start], None, table).above:
                     return True
     return False
+
+
+def visit(
+    infos: Sequence[TensorInfo],
+    see: Callable[[str, torch.Tensor], None],
+    threads: int,
+    show_progress: bool | None = False,
+) -> None:
+    """Read tensors of safetensors files a piece at a time, and keep none of them.
+
+    Args:
+        infos: which tensors.
+        see: called as ``see(name, piece)``, by several threads at once and in no order, with every piece of every
+            tensor: uint8 [at most PIECE], good during the call only.
+        threads, show_progress: as ``read``.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
+    own = threading.local()
+    with ExitStack() as stack:
+        handles = {file: _open(file, stack) for file in {info.file for info in infos if info.file}}
+        advance = stack.enter_context(progress("reading", sum(info.nbytes for info in infos), show_progress))
+
+        def work(piece: _Piece) -> None:
+            if not hasattr(own, "scratch"):
+                own.scratch = allocate(PIECE)
+            ends = list(accumulate(s.end - s.start for s in piece.segments))
+            parts = [own.scratch[end - (s.end - s.start) : end] for s, end in zip(piece.segments, ends, strict=True)]
+            _fill(handles[piece.file], piece, [buffer(own.scratch)[: piece.nbytes]])
+            for segment, part in zip(piece.segments, parts, strict=True):
+                see(segment.name, part)
+            advance(piece.nbytes)
+
+        run(_cut(infos), work, threads)
 
 
 def _finish_deferred(weights: Mapping[str, WeightJob], raw: Mapping[str, torch.Tensor], threads: int) -> None:

@@ -1,0 +1,34 @@
+"""``neuron-fp8``: look at a checkpoint, and at the machine, before you load."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .config import config
+from .doctor import doctor
+from .export import export
+from .inspect import inspect
+from .verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="neuron-fp8")
+def main() -> None:
+    """GPU FP8 (e4m3fn) checkpoints on AWS Neuron: look before you load.
+
+    CKPT is a directory, a .safetensors or .bin file, or an index file. Nothing here needs a Neuron package, a device
+    or a network; CKPT is only read.
+
+    Exit codes: 0 fine, 1 a finding, 2 wrong use or broken input, 130 interrupted.
+
+    \b
+    Example:
+      neuron-fp8 inspect ./Llama-3.1-8B-FP8
+    """
+
+
+for command in (inspect, config, verify, export, doctor):
+    main.add_command(command)
+
+__all__ = ["main"]

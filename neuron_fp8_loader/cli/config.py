@@ -1,0 +1,129 @@
+"""``neuron-fp8 config``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..formats import METHODS
+from ..settings import Settings, settings_for
+from ..shards import beside
+from .console import FINDING, Command, checkpoint_argument, json_option, print_json
+
+# inference_demo has no option for the flag; this hands it to its NeuronConfig
+_LAUNCH = """\
+import argparse, neuron_fp8_loader
+from neuronx_distributed_inference import inference_demo as demo
+neuron_fp8_loader.enable()
+create = demo.create_neuron_config
+demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), fp8_rescale={flag!r}))
+demo.main()"""
+
+_MODULES_FILE = "modules_to_not_convert.json"
+
+
+@click.command(cls=Command)
+@checkpoint_argument
+@click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="half", show_default=True, help="How to rescale.")
+@click.option(
+    "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
+)
+@json_option
+@click.pass_context
+def config(
+    ctx: click.Context, ckpt: str, tp_degree: int | None, method: str, modules_file: str | None, as_json: bool
+) -> None:
+    """What to tell NxD Inference, vLLM and inference_demo about CKPT, made from its headers.
+
+    Exits with 1 if CKPT holds no FP8 weights.
+
+    \b
+    Example:
+      neuron-fp8 config ./Llama-3.1-8B-FP8 --tp 8
+    """
+    settings = settings_for(ckpt, tp_degree=tp_degree, method=method)
+    if modules_file and settings.fp8:
+        with beside(Path(modules_file)) as temporary:
+            names = settings.neuron_config["modules_to_not_convert"]
+            temporary.write_text(json.dumps({"modules_to_not_convert": names}, indent=2) + "\n", encoding="utf-8")
+    demo = inference_demo_arguments(settings, modules_file or _MODULES_FILE)
+    if as_json:
+        print_json(
+            "config",
+            {
+                "checkpoint": ckpt,
+                "fp8": settings.fp8,
+                "neuron_config": settings.neuron_config,
+                "environment": settings.environment,
+                "additional_config": {"override_neuron_config": settings.neuron_config},
+                "inference_demo": demo,
+                "layout": settings.layout,
+                "notes": list(settings.notes),
+            },
+        )
+    else:
+        click.echo(_text(settings, demo, modules_file))
+    if not settings.fp8:
+        ctx.exit(FINDING)
+
+
+def inference_demo_arguments(settings: Settings, modules_file: str) -> list[str]:
+    """The arguments of ``inference_demo`` that say the same as the keyword arguments, as far as it has options."""
+    values = settings.neuron_config
+    if not settings.fp8:
+        return []
+    path = str(values["quantized_checkpoints_path"])
+    arguments = ["--model-type", settings.model_type or "MODEL_TYPE", "--task-type", "causal-lm", "run"]
+    arguments += ["--model-path", path, "--compiled-model-path", "compiled"]
+    if "tp_degree" in values:
+        arguments += ["--tp-degree", str(values["tp_degree"])]
+    arguments += ["--quantized", "--quantized-checkpoints-path", path]
+    arguments += ["--quantization-dtype", values["quantization_dtype"]]
+    arguments += ["--quantization-type", values["quantization_type"]]
+    if values["modules_to_not_convert"]:
+        arguments += ["--modules-to-not-convert-file", modules_file]
+    return arguments
+
+
+def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
+    if not settings.fp8:
+        return "\n".join(settings.notes)
+    values = settings.neuron_config
+    lines = ["# environment: in the shell that starts Python or vLLM"]
+    lines += [f"export {name}={value}" for name, value in settings.environment.items()]
+    lines += ["", "# Python", "import neuron_fp8_loader", "neuron_fp8_loader.enable()", "NeuronConfig("]
+    lines += [f"    {name}={_python(value)}," for name, value in values.items()]
+    lines += ["    # ... and what you pass otherwise", ")"]
+    override = json.dumps({"override_neuron_config": values})
+    lines += ["", "# vLLM", f"vllm serve {shlex.quote(str(values['quantized_checkpoints_path']))} \\"]
+    if "tp_degree" in values:
+        lines += [f"    --tensor-parallel-size {values['tp_degree']} \\"]
+    lines += [f"    --additional-config {shlex.quote(override)}"]
+    lines += ["", "# inference_demo, which has no option of its own for the flag"]
+    if "--modules-to-not-convert-file" in demo and not modules_file:
+        lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
+    launch = _LAUNCH.format(flag=values["fp8_rescale"])
+    lines += [f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
+    lines += ["", f"# scales: {settings.layout}"]
+    lines += [f"# note: {note}" for note in settings.notes]
+    return "\n".join(lines)
+
+
+def _words(arguments: list[str]) -> list[str]:
+    """Quoted for a shell, a line for each option."""
+    words: list[str] = []
+    for argument in arguments:
+        starts = argument.startswith("--") or argument == "run"
+        words.append(("\\\n    " if starts and words else "") + shlex.quote(argument))
+    return words
+
+
+def _python(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + "".join(f"        {item!r},\n" for item in value) + "    ]"
+    return repr(value)

@@ -1,0 +1,83 @@
+"""``neuron-fp8 export``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..export import Export, prepare_export
+from ..plan import size
+from .console import (
+    Command,
+    checkpoint_argument,
+    console,
+    facts,
+    json_option,
+    load_options,
+    print_json,
+    say,
+    threads_option,
+)
+
+
+@click.command(cls=Command)
+@checkpoint_argument
+@click.argument("out", type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Only say what would be written, and how much disk it takes.")
+@load_options
+@threads_option
+@json_option
+def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: bool, **load: Any) -> None:
+    """Write a converted copy of CKPT to OUT, for those who need one.
+
+    Same shards, same names, configs and index carried over, in bounded memory. Every file is written beside and
+    renamed, the index last; run the same command again to resume. OUT must be new, empty, or an export of the same.
+
+    \b
+    Example:
+      neuron-fp8 export ./Llama-3.1-8B-FP8 ./Llama-3.1-8B-FP8-neuron
+    """
+    made = prepare_export(ckpt, out, threads=threads, **load)
+    finished, resumed = made.finished, len(made.done)
+    if not as_json:
+        _announce(made, finished)
+    if not dry_run:
+        made.run()
+    if as_json:
+        print_json("export", as_data(ckpt, made, dry_run=dry_run, resumed=resumed, already=finished))
+    elif not dry_run and not finished:
+        click.echo(f"done: {made.rescaled} of {len(made.plan.pairs)} FP8 weights rescaled ({made.options.method})")
+        click.echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
+
+
+def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bool) -> dict[str, Any]:
+    """The JSON of the command."""
+    return {
+        "checkpoint": ckpt,
+        "out": str(made.out),
+        "dry_run": dry_run,
+        "finished": made.finished,
+        "already_finished": already,
+        "shards": [str(file.relative_to(made.base)) for file in made.checkpoint.files],
+        "shards_resumed": resumed,
+        "carried_over": [str(other) for other in made.others],
+        "bytes": made.needed,
+        "method": made.options.method,
+        "fp8_weights": len(made.plan.pairs),
+        "rescaled": made.rescaled if made.state else None,
+    }
+
+
+def _announce(made: Export, finished: bool) -> None:
+    if finished:
+        click.echo(f"{made.out}: is finished already")
+        return
+    shards = len(made.checkpoint.files)
+    lines = [
+        ("to write", f"{shards - len(made.done)} of {shards} shards and {len(made.others)} other files to {made.out}"),
+        ("disk", f"{size(made.needed)} needed, {size(made.free)} free"),
+    ]
+    if made.done:
+        lines.append(("resuming", f"{len(made.done)} shards are there already"))
+    say(console(), facts(lines))

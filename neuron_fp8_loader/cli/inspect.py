@@ -1,0 +1,240 @@
+"""``neuron-fp8 inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..options import Options
+from ..plan import Plan, plan_for, size
+from ..scan import Scan, WeightCodes, scan
+from ..settings import nxd_layout
+from .console import (
+    FINDING,
+    Command,
+    checkpoint_argument,
+    console,
+    facts,
+    json_option,
+    load_options,
+    one_line,
+    percent,
+    print_json,
+    say,
+    table,
+    threads_option,
+)
+
+
+@click.command(cls=Command)
+@checkpoint_argument
+@click.option("--headers-only", is_flag=True, help="Read no weights: at once, for any size.")
+@click.option(
+    "--top", type=click.IntRange(min=0), default=10, show_default=True, help="How many of the worst to list."
+)
+@click.option("--plot", metavar="FILE", help="Draw where the overflow sits to FILE.png or FILE.html (extra 'plot').")
+@load_options
+@threads_option
+@json_option
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    /,
+    ckpt: str,
+    headers_only: bool,
+    top: int,
+    plot: str | None,
+    threads: int | None,
+    as_json: bool,
+    **load: Any,
+) -> None:
+    """What is in CKPT, what Neuron would read, and what the loader would do.
+
+    Exits with 1 if Neuron would read inf or nan from CKPT as it is, or if the loader would refuse it. The options of
+    a load tell which load is meant.
+
+    \b
+    Example:
+      neuron-fp8 inspect ./Llama-3.1-8B-FP8 --plot overflow.html
+    """
+    options = Options.of({**load, "threads": threads})
+    if plot:
+        from ..plot import check_plot
+
+        check_plot(plot)
+        if headers_only:
+            raise click.UsageError("--plot needs the weights; leave out --headers-only")
+    checkpoint = open_checkpoint(ckpt)
+    plan = plan_for(checkpoint)
+    found = None if headers_only else scan(checkpoint, plan, options)
+    if plot and found:
+        from ..plot import write_plot
+
+        write_plot(found, plot)
+    if as_json:
+        print_json("inspect", as_data(ckpt, checkpoint, plan, found))
+    else:
+        _show(console(), ckpt, checkpoint, plan, found, top)
+        if plot:
+            click.echo(f"\nplot: {plot}")
+    if found and (found.as_inf or found.as_nan or found.nan or found.refusals):
+        ctx.exit(FINDING)
+
+
+def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -> dict[str, Any]:
+    """The JSON of the command."""
+    quantization_type, layout = nxd_layout(plan)
+    data: dict[str, Any] = {
+        "checkpoint": ckpt,
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "declared": plan.declared.method,
+        "warnings": list(plan.warnings),
+        "dtypes": _dtypes(checkpoint),
+        "conventions": [
+            {"convention": name, "granularity": granularity, "scale_dtype": dtype, "weights": count}
+            for (name, granularity, dtype), count in _kinds(plan).items()
+        ],
+        "unscaled": list(plan.unscaled),
+        "fnuz": list(plan.fnuz),
+        "activation_scales": [a.name for a in plan.activation_scales],
+        "untouched_fp8": list(plan.untouched_fp8),
+        "unquantized": list(plan.unquantized),
+        "nxd": {"quantization_type": quantization_type, "layout": layout},
+        "pairs": [_pair(plan, pair, found) for pair in plan.pairs],
+        "codes": None,
+        "load": None,
+    }
+    if found:
+        before, after = found.histograms()
+        data["codes"] = {
+            "total": found.numel,
+            "as_inf": found.as_inf,
+            "as_nan": found.as_nan,
+            "nan": found.nan,
+            "weights": len(found.weights),
+            "weights_above": len(found.worst()),
+            "weights_that_fit": sum(not w.above for w in found.weights.values()),
+            "histogram": before,
+            "histogram_after": after,
+        }
+        data["load"] = {
+            "method": found.options.method,
+            "rescaled": len(found.rescaled),
+            "rounded_codes": found.rounded,
+            "refusals": list(found.refusals),
+        }
+    return data
+
+
+def _pair(plan: Plan, pair: Any, found: Scan | None) -> dict[str, Any]:
+    data = {
+        "weight": pair.weight,
+        "scale": pair.scale,
+        "convention": pair.convention,
+        "granularity": str(pair.granularity),
+        "shape": list(plan.tensors[pair.weight].shape),
+        "scale_shape": list(plan.tensors[pair.scale].shape),
+        "scale_dtype": plan.tensors[pair.scale].dtype,
+    }
+    if found:
+        codes = found.weights[pair.weight]
+        data |= {
+            "codes": codes.numel,
+            "as_inf": codes.as_inf,
+            "as_nan": codes.as_nan,
+            "nan": codes.nan,
+            "rescaled": pair.scale in found.convert,
+        }
+    return data
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for info in checkpoint.tensors.values():
+        entry = found.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _kinds(plan: Plan) -> dict[tuple[str, str, str], int]:
+    kinds = Counter((p.convention, str(p.granularity), plan.tensors[p.scale].dtype) for p in plan.pairs)
+    return dict(kinds.most_common())
+
+
+def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None, top: int) -> None:
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    files = f"{len(checkpoint.files)} file{'' if len(checkpoint.files) == 1 else 's'}"
+    lines = [
+        ("checkpoint", f"{ckpt}: {len(checkpoint.tensors)} tensors, {size(total)}, {files}"),
+        ("declared", f"{plan.declared.method} ({plan.declared.source})" if plan.declared.method else "nothing"),
+        (
+            "dtypes",
+            ", ".join(f"{d} {size(n['bytes'])} ({n['tensors']})" for d, n in _dtypes(checkpoint).items()),
+        ),
+    ]
+    for (name, granularity, dtype), count in _kinds(plan).items():
+        lines.append(("pairs", f"{count} FP8 weights with {name}, {dtype} per {granularity}"))
+    for names, what in (
+        (plan.unscaled, "FP8 weights without a scale"),
+        (plan.fnuz, "float8_e4m3fnuz weights, converted by a table of their own"),
+        (plan.untouched_fp8, "e4m3fn tensors that are no weights, left alone"),
+        (plan.activation_scales, "static activation and KV scales"),
+    ):
+        if names:
+            lines.append(("also", f"{len(names)} {what}"))
+    if not (plan.pairs or plan.unscaled or plan.fnuz):
+        lines.append(("pairs", "no FP8 weights: nothing for the loader to do"))
+    if plan.unquantized:
+        lines.append(("unquantised", _some(list(plan.unquantized))))
+    if plan.pairs:
+        quantization_type, layout = nxd_layout(plan)
+        lines.append(("for NxD", f"{quantization_type}: {layout}"))
+    lines += [("warning", text) for text in plan.warnings]
+    say(out, facts(lines))
+    if found and found.weights:
+        _show_codes(out, found, top)
+
+
+def _show_codes(out: Console, found: Scan, top: int) -> None:
+    above, worst = found.as_inf + found.as_nan, found.worst()
+    weights = len(found.weights)
+    lines = [
+        ("as inf", f"{found.as_inf} codes ({percent(found.as_inf, found.numel)}): 256 to a GPU"),
+        ("as nan", f"{found.as_nan} codes ({percent(found.as_nan, found.numel)}): 288 to 448 to a GPU"),
+        ("together", f"{above} of {found.numel} codes, in {len(worst)} of {weights} weights"),
+        ("NaN codes", f"{found.nan}{' (to a GPU too: the checkpoint is damaged)' if found.nan else ''}"),
+        ("fit already", f"{weights - len(worst)} weights"),
+    ]
+    say(out, "", "Neuron (trn1, inf2, trn2) would read", facts(lines))
+    if worst and top:
+        rows = [(_name(w), str(w.above), percent(w.above, w.numel), str(w.as_inf), str(w.as_nan)) for w in worst[:top]]
+        heading = "worst modules" if len(worst) <= top else f"worst {top} of {len(worst)} modules"
+        say(out, "", table([heading, ">above 240", ">share", ">inf", ">nan"], rows))
+    rescaled, rounded = len(found.rescaled), found.rounded
+    say(out, "", "The loader would")
+    if found.refusals:
+        lines = [("refuse", one_line(text)) for text in found.refusals]
+    else:
+        done = f"{rescaled} of {weights} weights ({found.options.method}); {rounded} codes would be rounded"
+        lines = [("rescale", f"{done} ({percent(rounded, found.numel)})" if rescaled else "nothing: all fits already")]
+        if rescaled and found.plan.activation_scales and found.options.activation_scales == "rescale":
+            lines.append(("", f"{len(found.plan.activation_scales)} static activation and KV scales with them"))
+        if found.plan.unscaled and found.options.unscaled == "dequantize":
+            lines.append(("dequantise", f"{len(found.plan.unscaled)} weights without a scale, to bfloat16"))
+    say(out, facts(lines))
+
+
+def _name(weight: WeightCodes) -> str:
+    return weight.name.removesuffix(".weight")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} modules: {', '.join(names[:most])}{more}"

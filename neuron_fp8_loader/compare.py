@@ -1,0 +1,230 @@
+"""One FP8 weight before and after, value by value in float64."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .arithmetic import GPU, GPU_FNUZ, HALF_STEP, NEURON, Bytes, Floats, Tile, as_bytes, scale_values, tiles
+from .errors import WeightError
+from .formats import LARGEST_FIT
+from .granularity import Granularity, granularity
+from .parallel import run
+
+_SCALE_SLACK = 2.0**-8
+"""A bfloat16 scale times a factor that is no power of two is off by up to this share."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A weight with its scale, as stored.
+
+    Attributes:
+        weight: float8_e4m3fn or float8_e4m3fnuz, or a plain float dtype.
+        scale: any scale dtype; None: the weight is the value.
+        block: the checkpoint's own word on block size.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    block: tuple[int, int] | None = None
+
+    @property
+    def granularity(self) -> Granularity:
+        if self.scale is None:
+            return Granularity("tensor")
+        return granularity(tuple(self.weight.shape), tuple(self.scale.shape), self.block)
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.weight.dtype == torch.float8_e4m3fn
+
+    def scale_values(self) -> Floats:
+        return np.ones(()) if self.scale is None else scale_values(self.scale)
+
+
+@dataclass
+class WeightCheck:
+    """What became of one weight.
+
+    Attributes:
+        name: the tensor's.
+        numel: how many weights.
+        above: codes above 0x77 after that were no NaN before: inf or nan to the device.
+        nan: codes that were NaN before.
+        changed: values that differ, however little.
+        off: values further from the original than one rounding to the nearest code.
+        factor: new scale / old scale, where one number says it; None where the scales' layout changed.
+        signal, noise: sums of squares of the original values and of the differences.
+        problem: what is wrong, "" if nothing is.
+    """
+
+    name: str
+    numel: int = 0
+    above: int = 0
+    nan: int = 0
+    changed: int = 0
+    off: int = 0
+    factor: float | None = None
+    signal: float = 0.0
+    noise: float = 0.0
+    problem: str = ""
+
+    def judged(self, nan_is_fine: bool) -> WeightCheck:
+        """Itself, with ``problem`` set from the counts."""
+        if self.above:
+            self.problem = f"{self.above} codes above 240: inf or nan on Neuron"
+        elif self.off:
+            self.problem = f"{self.off} of {self.numel} values are off by more than one rounding"
+        elif self.nan and not nan_is_fine:
+            self.problem = f"{self.nan} NaN codes, in the original too"
+        return self
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantisation noise of the dequantised weight, dB; inf where nothing changed."""
+        return sqnr_db(self.signal, self.noise)
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool = False) -> WeightCheck:
+    """Compare a weight as a GPU reads it with its new form as a Neuron device reads it.
+
+    ``old`` is float8_e4m3fn or float8_e4m3fnuz, ``new`` float8_e4m3fn or a plain float dtype, of the same shape.
+    NaN codes are a problem unless ``nan_is_fine``.
+
+    Raises:
+        WeightError: the shapes differ, or it cannot be told which scale is whose.
+    """
+    if old.weight.shape != new.weight.shape:
+        raise WeightError(f"{name}: is {list(new.weight.shape)}, was {list(old.weight.shape)}")
+    check = WeightCheck(name, old.weight.numel(), factor=_factor(old, new))
+    before = GPU_FNUZ if old.weight.dtype == torch.float8_e4m3fnuz else GPU
+    old_codes, jobs = as_bytes(old.weight), _jobs(name, old, new, check.factor)
+    new_codes = as_bytes(new.weight) if new.is_fp8 else None
+    plain = None if new.is_fp8 else new.weight.detach().reshape(-1)
+    lock, own = threading.Lock(), threading.local()
+
+    def work(job: tuple[Tile, Tile]) -> None:
+        was, now = job
+        if not hasattr(own, "scratch"):
+            own.scratch = _Scratch(max(tile.end - tile.start for tile, _ in jobs))
+        values = own.scratch.values(0, before, old_codes[was.start : was.end], was)
+        if new_codes is not None:
+            codes = new_codes[now.start : now.end]
+            seen = _differences(values, own.scratch.values(1, NEURON, codes, now), own.scratch.rest, codes, now)
+        else:
+            assert plain is not None
+            read = plain[now.start : now.end].to(torch.float64).numpy()
+            seen = _differences(values, read, own.scratch.rest, None, now)
+        with lock:
+            check.nan += seen.nan
+            check.changed += seen.changed
+            check.off += seen.off
+            check.signal += seen.signal
+            check.noise += seen.noise
+
+    run(jobs, work, threads)
+    if new_codes is not None:
+        check.above = max(0, _count_above(new_codes) - check.nan)
+    return check.judged(nan_is_fine)
+
+
+class _Scratch:
+    """Memory for one tile, used again and again: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, size: int) -> None:
+        self._index = np.empty(size, np.intp)
+        self._values = (np.empty(size), np.empty(size))
+        self.rest = np.empty(size)
+
+    def values(self, which: int, table: Floats, codes: Bytes, tile: Tile) -> Floats:
+        """The tile's codes as ``table`` reads them, times their scale: float64 [codes]."""
+        index, out = self._index[: codes.size], self._values[which][: codes.size]
+        index[:] = codes
+        np.take(table, index, out=out, mode="clip")
+        matrix = out.reshape(-1, tile.columns)
+        np.multiply(matrix, tile.scale, out=matrix)
+        return out
+
+
+class _Seen(NamedTuple):
+    nan: int = 0
+    changed: int = 0
+    off: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+
+def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, tile: Tile) -> _Seen:
+    """Compare the values of one tile. ``codes``: the new ones; None where the new weight is a plain float dtype."""
+    difference = np.subtract(now, was, out=rest[: was.size])
+    signal, noise = _square_sum(was), _square_sum(difference)
+    nan = lost = 0
+    if not math.isfinite(signal + noise):  # NaN codes: counted apart, the rest is compared
+        there, kept = np.isfinite(was), np.isfinite(now)
+        nan, lost = was.size - int(np.count_nonzero(there)), int(np.count_nonzero(there & ~kept))
+        was, difference = np.where(there & kept, was, 0.0), np.where(there & kept, difference, 0.0)
+        signal, noise = _square_sum(was), _square_sum(difference)
+    if not noise:
+        return _Seen(nan, lost, lost, signal)
+    at = np.flatnonzero(difference != 0)
+    error, value = np.abs(difference[at]), np.abs(was[at])
+    allowed = value * _SCALE_SLACK
+    if codes is not None:
+        rows, columns = -(-was.size // tile.columns), tile.columns
+        scale = np.broadcast_to(tile.scale, (rows, columns))[at // columns, at % columns]
+        allowed += np.take(HALF_STEP, codes[at]) * np.abs(scale) * 1.01
+    off = int(np.count_nonzero(error > allowed))
+    return _Seen(nan, at.size + lost, off + lost, signal, noise)
+
+
+def _square_sum(values: Floats) -> float:
+    return float(np.einsum("i,i->", values, values))  # not BLAS, whose own threads would fight with ours
+
+
+def _count_above(codes: Bytes) -> int:
+    return sum(
+        int(np.count_nonzero((codes[at : at + (1 << 20)] & 0x7F) > LARGEST_FIT))
+        for at in range(0, codes.size, 1 << 20)
+    )
+
+
+def _factor(old: Side, new: Side) -> float | None:
+    """New scale / old scale where that is one number, to the precision of a bfloat16 scale."""
+    was, now = old.scale_values().reshape(-1), new.scale_values().reshape(-1)
+    if was.size != now.size or not was.size:
+        return None
+    usable = np.isfinite(was) & np.isfinite(now) & (was != 0) & (now != 0)
+    if not usable.any():
+        return 1.0
+    ratio = now[usable] / was[usable]
+    middle = float(np.median(ratio))
+    return middle if bool(np.all(np.abs(ratio / middle - 1) <= 2 * _SCALE_SLACK)) else None
+
+
+def _jobs(name: str, old: Side, new: Side, factor: float | None) -> list[tuple[Tile, Tile]]:
+    shape = tuple(old.weight.shape)
+    was = tiles(shape, old.scale_values(), old.granularity)
+    now = tiles(shape, new.scale_values(), new.granularity)
+    if was is None or now is None:
+        if factor is None or old.scale is None or new.scale is None:
+            raise WeightError(f"{name}: it cannot be told which of its scale's values belongs to which weight")
+        # which is whose does not matter when all changed alike
+        whole = Granularity("tensor")
+        flat = (old.weight.numel() // max(1, shape[-1]), shape[-1]) if shape else (1, 1)
+        was, now = tiles(flat, np.ones(()), whole), tiles(flat, np.full((), factor), whole)
+        assert was is not None
+        assert now is not None
+    return list(zip(was, now, strict=True))

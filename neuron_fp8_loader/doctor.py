@@ -1,0 +1,184 @@
+"""Is this machine set up for FP8 on Neuron? Looks, imports no Neuron package, changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from importlib import metadata
+
+import torch
+
+from . import kernel
+from .device import PLATFORM_ENV, needs_rescale, platform
+from .errors import OptionError
+from .options import THREADS_ENV, Options
+from .settings import ENVIRONMENT
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+NEURON_INDEX = "https://pip.repos.neuron.amazonaws.com"
+"""Where the real Neuron packages are (AWS Neuron documentation, "Setup Guide")."""
+
+# distribution -> the module that the real one installs
+NEURON_PACKAGES = {
+    "neuronx-distributed": "neuronx_distributed",
+    "neuronx-distributed-inference": "neuronx_distributed_inference",
+    "torch-neuronx": "torch_neuronx",
+    "neuronx-cc": "neuronxcc",
+    "nki": "nki",
+    "vllm-neuron": "vllm_neuron",
+    "libneuronxla": "libneuronxla",
+}
+
+_MIN_TORCH = (2, 5)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        topic: ``"platform"``, ``"packages"``, ``"environment"``, ``"vllm"``, ``"kernel"`` or ``"threads"``.
+        level: ``"ok"``, ``"note"`` (good to know) or ``"problem"`` (FP8 will not work, or not well).
+        text: what was found.
+        todo: what to do about it, "" if nothing.
+    """
+
+    topic: str
+    level: str
+    text: str
+    todo: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _platform,
+        _packages,
+        _environment,
+        _vllm,
+        _kernel,
+        _threads,
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def _platform() -> Iterator[Finding]:
+    target, devices = platform(), len(glob("/dev/neuron[0-9]*"))
+    seen = f"{devices} Neuron device{'' if devices == 1 else 's'}"
+    if os.environ.get(PLATFORM_ENV):
+        seen += f"; {PLATFORM_ENV} is set"
+    if target is None:
+        text = f"cannot be told ({seen}); fp8_rescale acts, as on trn1, inf2 and trn2"
+        yield Finding("platform", NOTE, text, f"on a machine that compiles for another: export {PLATFORM_ENV}=trn2")
+    elif needs_rescale(target):
+        yield Finding("platform", OK, f"{target} ({seen}): reads FP8 up to 240, so GPU checkpoints need fp8_rescale")
+    else:
+        text = f"{target} ({seen}): reads e4m3fn up to 448 as it is; fp8_rescale does nothing here, and need not"
+        yield Finding("platform", OK, text)
+
+
+def _packages() -> Iterator[Finding]:
+    versions = {name: _version(name) for name in NEURON_PACKAGES}
+    for name, version in versions.items():
+        module = NEURON_PACKAGES[name]
+        if version is None:
+            continue
+        if _is_there(module):
+            yield Finding("packages", OK, f"{name} {version}")
+        else:
+            yield Finding(
+                "packages",
+                PROBLEM,
+                f"{name} {version} is a placeholder from the public index: it has no module {module}",
+                f"pip uninstall {name}, then pip install {name} --extra-index-url={NEURON_INDEX}",
+            )
+    if all(version is None for version in versions.values()):
+        text = "no Neuron package is installed; inspect, verify and export work without"
+        yield Finding("packages", NOTE, text, f"to run models: pip install from {NEURON_INDEX}")
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    ok = found >= _MIN_TORCH
+    yield Finding(
+        "packages", OK if ok else PROBLEM, f"torch {torch.__version__}", "" if ok else "pip install 'torch>=2.5'"
+    )
+
+
+def _environment() -> Iterator[Finding]:
+    for name, wanted in ENVIRONMENT.items():
+        value = os.environ.get(name)
+        if value == wanted:
+            yield Finding("environment", OK, f"{name}={value}")
+        elif value is None:
+            text = f"{name} is not set; fp8_rescale sets it in NxD Inference, nothing else does"
+            yield Finding("environment", NOTE, text, f"export {name}={wanted}")
+        else:
+            text = f"{name}={value}: FP8 needs {wanted}"
+            yield Finding("environment", PROBLEM, text, f"export {name}={wanted}")
+
+
+def _vllm() -> Iterator[Finding]:
+    version = _version("vllm")
+    hooks = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.value.startswith("neuron_fp8_loader")]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not hooks:
+        yield Finding(
+            "vllm",
+            PROBLEM if version else NOTE,
+            "the hook is not registered: neuron-fp8-loader is not installed, only on the path",
+            "pip install neuron-fp8-loader in vLLM's environment",
+        )
+    elif allowed is not None and hooks[0].name not in allowed.split(","):
+        yield Finding(
+            "vllm",
+            PROBLEM,
+            f"VLLM_PLUGINS={allowed} leaves out the hook",
+            f"export VLLM_PLUGINS={','.join(part for part in (allowed, hooks[0].name) if part)}, or unset it",
+        )
+    elif version is None:
+        yield Finding("vllm", OK, "not installed; its plugin hook is registered")
+    else:
+        yield Finding("vllm", OK, f"vllm {version}: the hook is enabled in every process of it")
+
+
+def _kernel() -> Iterator[Finding]:
+    paths = kernel.paths()
+    if kernel.active not in paths:
+        yield Finding(
+            "kernel", PROBLEM, f"{kernel.ENV}={kernel.active}: no such path here", f"unset it, or one of {paths}"
+        )
+    elif kernel.active != "torch":
+        forced = f", forced by {kernel.ENV}" if os.environ.get(kernel.ENV) else ""
+        yield Finding("kernel", OK, f"{kernel.active}{forced}; here there are {', '.join(paths)}")
+    elif len(paths) > 1:
+        yield Finding("kernel", NOTE, f"torch, forced by {kernel.ENV}; {paths[0]} is faster", f"unset {kernel.ENV}")
+    else:
+        text = "torch: the native kernel was not built; same bytes, but slower"
+        yield Finding("kernel", NOTE, text, "install gcc, then pip install --force-reinstall --no-deps this package")
+
+
+def _threads() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        threads = Options().thread_count()
+    except OptionError as error:
+        yield Finding("threads", PROBLEM, str(error), f"unset {THREADS_ENV}")
+        return
+    source = f"from {THREADS_ENV}" if os.environ.get(THREADS_ENV, "").strip() else f"for {cores} usable cores"
+    yield Finding("threads", OK, f"{threads}, {source}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,269 @@
+"""A converted copy on disk, for those who need one: shard by shard, resumable, never half a file.
+
+OUT gets the configs first, then the shards, the index last; each is written beside and renamed. A hidden file in OUT
+says whose export it is and whether it is finished, so an interrupted one resumes and a foreign directory is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .errors import Fp8LoaderError, WeightError
+from .options import Options
+from .parallel import progress
+from .parts import Parts
+from .plan import Plan, plan_for, size
+from .scan import scan
+from .shards import beside, nbytes_after, write_bin, write_safetensors
+
+STATE = ".neuron-fp8-export.json"
+"""The file in OUT that says what is being exported to it."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
+_SPARE = 16 << 20  # bytes for headers that grow by a note, and the file system's own
+
+
+class ExportError(Fp8LoaderError):
+    """An export cannot begin or go on: OUT is not fit for it, or the disk is too small."""
+
+
+@dataclass
+class Export:
+    """One export, prepared: nothing is written before ``run``.
+
+    Attributes:
+        checkpoint, plan, options: what is exported, and how.
+        out: the directory that it goes to.
+        base: the directory that it comes from.
+        others: files carried over as they are, relative to ``base``.
+        done: shards found finished in ``out``, relative to ``base``.
+        needed: bytes still to be written.
+        free: bytes free where ``out`` lies.
+        state: what the hidden file of an earlier, interrupted run says; empty for a new export.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    options: Options
+    out: Path
+    base: Path
+    others: list[Path]
+    done: list[Path] = field(default_factory=list)
+    needed: int = 0
+    free: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Is the whole export there already?"""
+        return bool(self.state.get("finished")) and len(self.done) == len(self.checkpoint.files)
+
+    @property
+    def rescaled(self) -> int:
+        """How many weights are rescaled; known once ``run`` has looked at their codes."""
+        convert = set(self.state.get("convert", ()))
+        return sum(pair.scale in convert for pair in self.plan.pairs)
+
+    def run(self) -> None:
+        """Write what is missing.
+
+        Raises:
+            WeightError: what a load would refuse; nothing is written then.
+            ExportError, OSError: no room, or another export is writing here.
+            Other Fp8LoaderError: as ``load_state_dict``.
+        """
+        if self.finished:
+            return
+        if self.needed + _SPARE > self.free:
+            raise ExportError(f"{self.out}: {size(self.needed)} needed, {size(self.free)} free; give another disk")
+        if not self.state:
+            self.state = self._decided()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _locked(self.out):
+            self._save_state()
+            self._write()
+            self.state["finished"] = True
+            self._save_state()
+
+    def _decided(self) -> dict[str, Any]:
+        found = scan(self.checkpoint, self.plan, self.options)
+        if found.refusals:
+            raise WeightError("\n".join(found.refusals))
+        return {**_identity(self.checkpoint, self.options), "convert": sorted(found.convert), "finished": False}
+
+    def _write(self) -> None:
+        parts = Parts(self.checkpoint, self.plan, self.state["convert"], self.options)
+        for other in self.others:
+            with beside(self.out / other) as temporary:
+                shutil.copyfile(self.base / other, temporary)
+        by_file = _by_file(self.checkpoint)
+        left = [file for file in self.checkpoint.files if file.relative_to(self.base) not in self.done]
+        total = sum(info.nbytes for file in left for info in by_file[file])
+        note = json.dumps(
+            {
+                "what": "float8_e4m3fn weights rescaled to +-240 for AWS Neuron, their scales multiplied to make up",
+                "version": self.state["version"],
+                "method": self.options.method,
+                "weights_rescaled": self.rescaled,
+            }
+        )
+        with progress("exporting", total, self.options.progress) as advance:
+            for file in left:
+                target, infos = self.out / file.relative_to(self.base), by_file[file]
+                if self.checkpoint.is_bin:
+                    write_bin(target, infos, parts, advance)
+                elif infos:
+                    write_safetensors(target, infos, parts, self.plan, self.options, note, advance)
+                else:
+                    with beside(target) as temporary:
+                        shutil.copyfile(file, temporary)
+                self.done.append(file.relative_to(self.base))
+        if self.checkpoint.index:
+            self._write_index(self.checkpoint.index)
+
+    def _write_index(self, index: Path) -> None:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        infos = self.checkpoint.tensors.values()
+        total = nbytes_after(infos, self.plan, self.options)
+        with beside(self.out / index.relative_to(self.base)) as temporary:
+            if total == sum(info.nbytes for info in infos):
+                shutil.copyfile(index, temporary)
+            else:
+                content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    def _save_state(self) -> None:
+        with beside(self.out / STATE) as temporary:
+            temporary.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
+
+
+def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Export:
+    """Check everything that can be checked before an export: headers, pairs, OUT, disk.
+
+    Args:
+        path: a whole checkpoint: a directory, an index, or a single file.
+        out: the directory to write; new, empty, or an interrupted export of the same checkpoint.
+        **options: see ``Options``.
+
+    Raises:
+        CheckpointError, PlanError, OptionError: as ``load_checkpoint``.
+        ExportError: ``path`` is one shard of several, or ``out`` is not fit.
+    """
+    chosen = Options.of(options)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.selected != frozenset(checkpoint.files):
+        raise ExportError(f"{path}: is one of {len(checkpoint.files)} shards; give their directory or the index")
+    base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
+    out = Path(out)
+    _check_place(Path(path), base, out)
+    export = Export(checkpoint, plan_for(checkpoint), chosen, out, base, _others(checkpoint, Path(path), base))
+    export.state = _resumable(out, checkpoint, chosen)
+    by_file = _by_file(checkpoint)
+    for file in checkpoint.files:
+        grown = nbytes_after(by_file[file], export.plan, chosen) - sum(info.nbytes for info in by_file[file])
+        if export.state and (out / file.relative_to(base)).is_file():
+            export.done.append(file.relative_to(base))
+        else:
+            export.needed += file.stat().st_size + grown
+    if not export.finished:
+        export.needed += sum((base / other).stat().st_size for other in export.others)
+    export.free = shutil.disk_usage(_existing(out)).free
+    return export
+
+
+def _check_place(path: Path, base: Path, out: Path) -> None:
+    inside, whole = out.resolve(), base.resolve()
+    if inside == whole or (whole in inside.parents and not _is_single_file(path)):
+        raise ExportError(f"{out}: lies in the checkpoint {base}, which stays as it is; give a directory outside it")
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out}: is a file; an export goes to a directory")
+
+
+def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    """The state of an interrupted export of the same thing, {} for a fresh directory; else ExportError."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return {}
+    try:
+        state = json.loads((out / STATE).read_text(encoding="utf-8"))
+        ours = isinstance(state["convert"], list) and isinstance(state["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ExportError(f"{out}: is not empty and not an export of ours; give a new or an empty directory")
+    for key, value in _identity(checkpoint, options).items():
+        if state.get(key) != value:
+            what = "other options" if key == "options" else "another version" if key == "version" else "other files"
+            raise ExportError(
+                f"{out}: holds an export made from {what} ({key} differ); delete it, or give another directory"
+            )
+    return dict(state)
+
+
+def _identity(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    """What must be the same for an export to be resumed."""
+    from . import __version__
+
+    stats = {file: file.stat() for file in checkpoint.files}
+    return {
+        "version": __version__,
+        "files": {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "options": {name: value for name, value in vars(options).items() if name not in ("threads", "progress")},
+    }
+
+
+def _others(checkpoint: Checkpoint, path: Path, base: Path) -> list[Path]:
+    """Configs, tokenizer, model code: every file beside the weights that is not weights, hidden ones left out."""
+    if _is_single_file(path) and not (base / "config.json").is_file():
+        return []  # a folder of many models
+    found = base.iterdir() if _is_single_file(path) else base.rglob("*")
+    relative = [file.relative_to(base) for file in found if file.is_file()]
+    return sorted(
+        file
+        for file in relative
+        if file.suffix not in _WEIGHTS
+        and not file.name.endswith(tuple(suffix + ".index.json" for suffix in _WEIGHTS))
+        and not any(part.startswith(".") for part in file.parts)
+    )
+
+
+def _is_single_file(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".safetensors", ".bin")
+
+
+def _by_file(checkpoint: Checkpoint) -> dict[Path, list[TensorInfo]]:
+    by_file: dict[Path, list[TensorInfo]] = {file: [] for file in checkpoint.files}
+    for info in checkpoint.tensors.values():
+        assert info.file is not None
+        by_file[info.file].append(info)
+    return by_file
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExportError(f"{out}: another export is writing here") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)

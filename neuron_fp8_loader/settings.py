@@ -1,0 +1,141 @@
+"""What to tell NxD Inference, vLLM and ``inference_demo`` about a checkpoint. Made from headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import open_checkpoint
+from .errors import OptionError
+from .formats import METHODS
+from .integrations.names import modules_to_not_convert
+from .plan import Plan, plan_for
+
+ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+"""What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""
+
+QUANTIZATION_DTYPE = "f8e4m3"
+"""The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
+
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a checkpoint on Neuron.
+
+    Attributes:
+        neuron_config: keyword arguments for ``NeuronConfig``.
+        environment: variables to export.
+        layout: what becomes of the scales on the way to NxD's layers, in words.
+        notes: what else to know.
+        model_type: as config.json has it and ``inference_demo`` takes it; None where it does not tell.
+        fp8: does the checkpoint hold FP8 weights at all?
+    """
+
+    neuron_config: dict[str, Any]
+    environment: dict[str, str]
+    layout: str
+    notes: tuple[str, ...]
+    model_type: str | None
+    fp8: bool
+
+
+def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, method: str = "half") -> Settings:
+    """Settings for a checkpoint.
+
+    Args:
+        path: a directory, a ``.safetensors`` file or an index; NxD Inference is given its directory.
+        tp_degree: tensor parallel degree, left out of the result where None.
+        method: ``"half"`` or ``"ratio"``.
+
+    Raises:
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, an unknown method.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}: expected {' or '.join(map(repr, METHODS))}")
+    if tp_degree is not None and tp_degree < 1:
+        raise OptionError(f"tp_degree={tp_degree}: expected a whole number from 1 up")
+    checkpoint = open_checkpoint(path)
+    plan = plan_for(checkpoint)
+    directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
+    fp8 = bool(plan.pairs or plan.fnuz or plan.unscaled)
+    quantization_type, layout = nxd_layout(plan)
+    neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
+    if fp8:
+        neuron_config |= {
+            "quantized": True,
+            "quantized_checkpoints_path": str(directory),
+            "quantization_dtype": QUANTIZATION_DTYPE,
+            "quantization_type": quantization_type,
+            "modules_to_not_convert": modules_to_not_convert(plan),
+            "fp8_rescale": True if method == "half" else method,
+        }
+    return Settings(
+        neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, tuple(_notes(plan)), _model_type(directory), fp8
+    )
+
+
+def nxd_layout(plan: Plan) -> tuple[str, str]:
+    """The ``quantization_type`` for a checkpoint, and what its scales must become for it, in words.
+
+    NxD's layers take one scale a tensor ([1]) or one an output row ([out, 1]); anything else is brought into the
+    second form while loading.
+    """
+    if not plan.pairs:
+        return "per_channel_symmetric", "no scales: NxD's quantised layers need none of them changed"
+    kinds = {pair.granularity.kind for pair in plan.pairs}
+    experts = any(pair.granularity.experts or _EXPERTS.search(pair.weight) for pair in plan.pairs)
+    shapes = {plan.tensors[pair.scale].shape for pair in plan.pairs if pair.granularity.kind == "row"}
+    if kinds == {"tensor"} and not experts:
+        return "per_tensor_symmetric", (
+            "one scale a tensor, which NxD takes as [1]; with fused_qkv=True use per_channel_symmetric, to which the "
+            "flag expands them exactly"
+        )
+    if "block" in kinds:
+        sizes = sorted({"x".join(map(str, p.granularity.block)) for p in plan.pairs if p.granularity.block})
+        return "per_channel_symmetric", (
+            f"block scales ({', '.join(sizes)}), of which NxD's layers take none: the flag requantises them to one "
+            "scale an output row while loading"
+        )
+    if "unknown" in kinds:
+        return "per_channel_symmetric", (
+            "scales of a layout that is not known; NxD's layers take one an output row, and may refuse them"
+        )
+    if kinds == {"row"} and not experts and all(len(shape) == 2 for shape in shapes):
+        return "per_channel_symmetric", "one scale an output row [out, 1], as NxD takes it"
+    return "per_channel_symmetric", (
+        "one scale an output row is what NxD takes; the flag expands and reshapes the checkpoint's to that, exactly"
+    )
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = list(plan.warnings)
+    kinds = {a.kind for a in plan.activation_scales}
+    if "input" in kinds:
+        notes.append(
+            "static activation scales are doubled with the weights; NxD reads them only with "
+            "activation_quantization_type set"
+        )
+    if "kv" in kinds:
+        notes.append("KV cache scales are doubled with the weights; NxD Inference does not map them to its cache")
+    if plan.unscaled:
+        notes.append(
+            f"{len(plan.unscaled)} FP8 weights have no scale; if they do not fit, the load stops, unless fp8_rescale="
+            '{"unscaled": "dequantize"} makes them bf16'
+        )
+    if not (plan.pairs or plan.fnuz or plan.unscaled):
+        notes.append("no float8_e4m3fn weights: nothing to rescale, and the flag is not needed")
+    return notes
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

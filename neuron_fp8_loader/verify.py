@@ -1,0 +1,336 @@
+"""Is it still the same model, and will the device read it? Checked with arithmetic that the loader does not use."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from .arithmetic import GPU, Bytes, as_bytes, expected, scale_values
+from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from .compare import Side, WeightCheck, compare, sqnr_db
+from .errors import Fp8LoaderError, ScaleError, WeightError
+from .options import Options
+from .parallel import progress
+from .parts import Parts, batches
+from .plan import Pair, Plan, plan_for
+from .scan import scan
+
+
+@dataclass
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        source: the checkpoint; ``against``: the original it was compared with, "" if it was rescaled in memory.
+        weights: one check an FP8 weight.
+        identical: how many other tensors came through byte for byte.
+        problems: what is wrong, one text each; empty: all is well.
+        notes: what is worth knowing and not wrong.
+        activation_factors: new / old of static activation and KV scales: (least, largest), None without any.
+        seconds: how long it took.
+    """
+
+    source: str
+    against: str = ""
+    weights: list[WeightCheck] = field(default_factory=list)
+    identical: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    activation_factors: tuple[float, float] | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not any(weight.problem for weight in self.weights)
+
+    @property
+    def numel(self) -> int:
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def changed(self) -> int:
+        """Values that differ at all."""
+        return sum(weight.changed for weight in self.weights)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Over all FP8 weights together."""
+        return sqnr_db(sum(w.signal for w in self.weights), sum(w.noise for w in self.weights))
+
+    @property
+    def worst(self) -> WeightCheck | None:
+        """The weight with the least SQNR."""
+        return min(self.weights, key=lambda weight: weight.sqnr_db, default=None)
+
+    @property
+    def factors(self) -> dict[float | None, int]:
+        """Scale factor -> how many weights have it. None: the scales' layout changed."""
+        found: dict[float | None, int] = {}
+        for weight in self.weights:
+            factor = None if weight.factor is None else _tidy(weight.factor)
+            found[factor] = found.get(factor, 0) + 1
+        return found
+
+
+def verify_checkpoint(path: str | os.PathLike[str], **options: Any) -> Verification:
+    """Rescale a checkpoint in memory, a few tensors at a time, and check every value.
+
+    Checked for each weight: no code above 0x77, finite as ml_dtypes reads IEEE e4m3, the codes those that ml_dtypes
+    rounds to, the value in float64 what it was but for those codes; a weight that fits untouched; its scale exactly
+    the factor larger; all other tensors byte for byte.
+
+    Args:
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        **options: see ``Options``.
+
+    Raises:
+        Fp8LoaderError: the checkpoint cannot be read or planned. What a load would refuse is a problem, not an error.
+    """
+    begin = time.perf_counter()
+    chosen = Options.of(options)
+    checkpoint = open_checkpoint(path)
+    plan = plan_for(checkpoint)
+    result = Verification(str(path))
+    found = scan(checkpoint, plan, chosen)
+    result.problems += found.refusals
+    if not found.refusals:
+        with _Original(checkpoint) as original:
+            _check_all(result, checkpoint, original, Parts(checkpoint, plan, found.convert, chosen), plan, chosen)
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def compare_checkpoints(
+    path: str | os.PathLike[str], original: str | os.PathLike[str], **options: Any
+) -> Verification:
+    """Compare a converted copy with its original, tensor by tensor.
+
+    The copy may be converted by any factor or to scales of another layout (``X.scale`` for ``X.weight_scale``, rows
+    for blocks): every value must be within one rounding of the original, and no code above 0x77.
+
+    Args:
+        path: the copy.
+        original: what it was made from.
+        **options: ``threads`` and ``progress`` of ``Options``.
+
+    Raises:
+        Fp8LoaderError: one of them cannot be read or planned.
+    """
+    begin = time.perf_counter()
+    chosen = Options.of(options)
+    copies, originals = open_checkpoint(path), open_checkpoint(original)
+    result = Verification(str(path), str(original))
+    with _Original(copies) as new, _Original(originals) as old, _progress(originals, chosen) as advance:
+        _Comparison(result, old, new, plan_for(originals), plan_for(copies), chosen).run(advance)
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+class _Original:
+    """Tensors as they are on disk, read by safetensors or torch themselves."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._stack = checkpoint, ExitStack()
+        self._open: dict[Any, Any] = {}
+
+    def __enter__(self) -> _Original:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def get(self, name: str) -> torch.Tensor:
+        file = self._checkpoint.tensors[name].file
+        if self._checkpoint.is_bin:
+            if file not in self._open:
+                assert file is not None
+                self._open[file] = load_bin(file)
+            found: torch.Tensor = self._open[file][name]
+            return found.detach()
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safetensors.safe_open(str(file), "pt", "cpu"))
+        found = self._open[file].get_tensor(name)
+        return found
+
+
+def _progress(checkpoint: Checkpoint, options: Options) -> Any:
+    return progress("verifying", sum(info.nbytes for info in checkpoint.tensors.values()), options.progress)
+
+
+# -- rescaled in memory ------------------------------------------------------------------------------------------
+
+
+def _check_all(
+    result: Verification, checkpoint: Checkpoint, original: _Original, parts: Parts, plan: Plan, options: Options
+) -> None:
+    infos, threads = checkpoint.tensors, options.thread_count()
+    left = dict.fromkeys(infos)
+    any_converted = False
+    with _progress(checkpoint, options) as advance:
+
+        def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
+            chosen = [infos[name] for name in names]
+            for info in chosen:
+                left.pop(info.name, None)
+            advance(sum(info.nbytes for info in chosen))
+            return parts.load(chosen)
+
+        for group in plan.groups:
+            converted = _check_group(result, group, plan, original, load([p.weight for p in group]), parts, options)
+            any_converted |= converted
+            left.pop(group[0].scale, None)
+        for name in (*plan.fnuz, *plan.unscaled):
+            old, new = Side(original.get(name)), Side(load([name])[name])
+            result.weights.append(compare(name, old, new, threads, nan_is_fine=options.nan == "keep"))
+        for activation in plan.activation_scales:
+            factor = 1.0
+            if any_converted and options.activation_scales == "rescale":
+                factor = 1 / options.table.scale_factor if activation.reciprocal else options.table.scale_factor
+            new_scale = load([activation.name])[activation.name]
+            _check_scale(result, activation.name, original.get(activation.name), new_scale, factor)
+        for batch in batches([infos[name] for name in left]):
+            for name, tensor in load([info.name for info in batch]).items():
+                _check_identical(result, name, original.get(name), tensor)
+
+
+def _check_group(
+    result: Verification,
+    group: tuple[Pair, ...],
+    plan: Plan,
+    original: _Original,
+    new: dict[str, torch.Tensor],
+    parts: Parts,
+    options: Options,
+) -> bool:
+    """Check the weights that share a scale, and the scale. Gives whether they had to be rescaled."""
+    scale_name = group[0].scale
+    scale = original.get(scale_name)
+    new_scale = parts.load([plan.tensors[scale_name]])[scale_name]
+    old = {pair.weight: original.get(pair.weight) for pair in group}
+    needed = options.always or any(_overflows(as_bytes(weight)) for weight in old.values())
+    _check_scale(result, scale_name, scale, new_scale, options.table.scale_factor if needed else 1.0)
+    codes = expected(options.method) if needed else np.arange(256, dtype=np.uint8)
+    for name, weight in old.items():
+        was, now = (Side(w, s, plan.declared.block) for w, s in ((weight, scale), (new[name], new_scale)))
+        check = compare(name, was, now, options.thread_count(), nan_is_fine=options.nan == "keep")
+        wrong = int(np.count_nonzero(np.take(codes, as_bytes(weight)) != as_bytes(new[name])))
+        if wrong and not check.problem:
+            check.problem = f"{wrong} codes are not those that rounding to nearest gives"
+        result.weights.append(check)
+    return needed
+
+
+def _overflows(codes: Bytes) -> bool:
+    seen = np.zeros(256, dtype=bool)
+    for at in range(0, codes.size, 1 << 20):
+        seen[np.unique(codes[at : at + (1 << 20)])] = True
+    return bool((np.abs(GPU[seen]) > 240).any())
+
+
+def _check_scale(result: Verification, name: str, old: torch.Tensor, new: torch.Tensor, factor: float) -> None:
+    if old.dtype != new.dtype or old.shape != new.shape:
+        result.problems.append(f"{name}: is {new.dtype} {list(new.shape)}, was {old.dtype} {list(old.shape)}")
+        return
+    was, now = scale_values(old), scale_values(new)
+    precision = torch.finfo(old.dtype).eps if old.dtype.is_floating_point and factor != 2 and factor != 1 else 0.0
+    wrong = int(np.count_nonzero(np.abs(now - was * factor) > np.abs(was * factor) * precision))
+    if wrong:
+        result.problems.append(f"{name}: {wrong} of {was.size} values are not {factor:g} times what they were")
+
+
+def _check_identical(result: Verification, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    if old.dtype == new.dtype and old.shape == new.shape and np.array_equal(as_bytes(old), as_bytes(new)):
+        result.identical += 1
+    else:
+        result.problems.append(f"{name}: {new.dtype} {list(new.shape)} differs from the original's {old.dtype}")
+
+
+# -- a copy against its original ---------------------------------------------------------------------------------
+
+
+class _Comparison:
+    def __init__(
+        self, result: Verification, old: _Original, new: _Original, old_plan: Plan, new_plan: Plan, options: Options
+    ) -> None:
+        self.result, self.old, self.new = result, old, new
+        self.old_plan, self.new_plan, self.threads = old_plan, new_plan, options.thread_count()
+
+    def run(self, advance: Any) -> None:
+        old, new = self.old_plan.tensors, self.new_plan.tensors
+        weights = {p.weight: p.scale for p in self.old_plan.pairs}
+        weights |= dict.fromkeys((*self.old_plan.unscaled, *self.old_plan.fnuz), "")
+        activations = {a.name for a in self.old_plan.activation_scales}
+        accounted = set(weights.values()) | {self.new_plan.scale_of.get(name, "") for name in weights}
+        factors: list[float] = []
+        missing = []
+        for name, info in old.items():
+            if name in weights:
+                missing += [] if name in new else [name]
+                if name in new:
+                    self._weight(name, info)
+            elif name in accounted:
+                pass  # compared with its weight
+            elif name not in new:
+                missing.append(name)
+            elif name in activations and old[name].shape == new[name].shape:
+                factors += self._factors(name)
+            else:
+                _check_identical(self.result, name, self.old.get(name), self.new.get(name))
+            advance(info.nbytes)
+        self._summarise(missing, [n for n in new if n not in old and n not in accounted], factors)
+
+    def _weight(self, name: str, info: TensorInfo) -> None:
+        scale, new_scale = self.old_plan.scale_of.get(name), self.new_plan.scale_of.get(name)
+        new = Side(self.new.get(name), self.new.get(new_scale) if new_scale else None, self.new_plan.declared.block)
+        old = Side(self.old.get(name), self.old.get(scale) if scale else None, self.old_plan.declared.block)
+        check = WeightCheck(name, info.numel)
+        try:
+            if new.is_fp8 and scale and not new_scale:
+                raise WeightError(f"{name}: has lost its scale {scale}")
+            if not new.is_fp8 and not new.weight.dtype.is_floating_point:
+                raise WeightError(f"{name}: is {new.weight.dtype}, was {info.dtype}")
+            check = compare(name, old, new, self.threads)
+        except (WeightError, ScaleError) as error:
+            check.problem = str(error).removeprefix(f"{name}: ")
+        self.result.weights.append(check)
+
+    def _factors(self, name: str) -> list[float]:
+        was, now = scale_values(self.old.get(name)), scale_values(self.new.get(name))
+        usable = was != 0
+        return [float(f) for f in (now[usable] / was[usable]).reshape(-1)]
+
+    def _summarise(self, missing: list[str], extra: list[str], factors: list[float]) -> None:
+        result = self.result
+        result.problems += [f"{name}: is missing from {result.source}" for name in missing]
+        result.notes += [f"{name}: is not in the original" for name in extra]
+        if factors:
+            result.activation_factors = (_tidy(min(factors)), _tidy(max(factors)))
+            rescaled = any(weight.factor not in (None, 1.0) for weight in result.weights)
+            if rescaled and max(factors) == 1 == min(factors):
+                result.notes.append(
+                    "static activation and KV scales are as they were, calibrated for +-448: what is quantised with "
+                    "them on the device saturates at 240"
+                )
+        if any(weight.above for weight in result.weights) and not any(
+            _overflows(as_bytes(self.old.get(weight.name))) for weight in result.weights[:50]
+        ):
+            result.notes.append(f"{result.against} fits and {result.source} does not: are they the wrong way round?")
+
+
+def _tidy(factor: float) -> float:
+    """A factor found, freed of the rounding of its scale: 448/240 as bf16 or fp32 has it is 448/240."""
+    for known in (1.0, 2.0, 0.5, 448 / 240, 240 / 448):
+        if abs(factor / known - 1) <= 2.0**-8:
+            return known
+    return factor
+
+
+__all__ = ["Fp8LoaderError", "Verification", "compare_checkpoints", "verify_checkpoint"]
