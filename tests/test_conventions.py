@@ -210,6 +210,29 @@ CONTROLS = {"ct_nvfp4", "ct_int8_w8a8"}
 REAL = sorted(d.name for d in SHARED.iterdir() if d.is_dir() and d.name[0] != "_") if SHARED.is_dir() else ["none"]
 
 
+DECLARED = {
+    "ct_fp8_block": ("compressed-tensors float-quantized", (128, 128)),
+    "ct_fp8_dynamic": ("compressed-tensors float-quantized", None),
+    "ct_int8_w8a8": ("compressed-tensors int-quantized", None),
+    "ct_mxfp8": ("compressed-tensors mxfp8-quantized", (1, 32)),
+    "ct_nvfp4": ("compressed-tensors nvfp4-pack-quantized", None),
+    "derived_comfy_scaled_old": ("", None),
+    "derived_fbgemm": ("fbgemm_fp8", None),
+    "hf_fp8_block": ("fp8 float", (128, 128)),
+    "modelopt_fp8": ("modelopt FP8", None),
+    "modelopt_fp8_pb_wo": ("modelopt fp8_pb_wo", (128, 128)),
+    "quark_fp8_tensor_kv": ("quark fp8_e4m3", None),
+    "torchao_fp8_wo": ("torchao Float8WeightOnlyConfig", None),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_real_configs_declare(name: str) -> None:
+    declared = plan_checkpoint(shared(name)).declared
+    assert (declared.method, declared.block) == DECLARED[name]
+    assert declared.fp8 is (None if not declared.method else name not in CONTROLS)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoint(name: str) -> None:
     directory = shared(name)
@@ -261,6 +284,15 @@ def test_a_convention_of_ones_own(tmp_path: Path, mine: None) -> None:
     assert "our trainer" in conventions.table()
     conventions.register(MINE)  # again: nothing happens
     assert conventions.conventions().count(MINE) == 1
+
+
+def test_a_convention_of_ones_own_holds_for_packed_weights_too(tmp_path: Path, mine: None) -> None:
+    """NVFP4 under one's own names: its e4m3fn scale is no weight."""
+    before = some(a__w_fp8="u8 16 32", a__w_mult="fp8 16 4", b__w_fp8="fp8 8 8", b__w_mult="f32")
+    plan = plan_of(before, tmp_path)
+    assert [p.weight for p in plan.pairs] == ["b.w_fp8"]
+    assert plan.untouched_fp8 == ("a.w_mult",)
+    assert_bytes_kept(before, load_checkpoint(tmp_path).state_dict, {"a.w_fp8", "a.w_mult"})
 
 
 def test_unregistered_again(tmp_path: Path) -> None:

@@ -256,6 +256,12 @@ def test_09_granularity(weight: tuple[int, ...], scale: tuple[int, ...], expecte
     assert str(granularity(weight, scale)) == expected
 
 
+def test_09_mx_groups_are_told_by_their_scale() -> None:
+    assert str(granularity((16, 96), (16, 3), e8m0=True)) == "MX group 1x32"
+    assert str(granularity((4, 16, 96), (4, 16, 3), e8m0=True)) == "expert MX group 1x32"
+    assert str(granularity((256, 256), (2, 2), e8m0=True)) == "block 128x128"
+
+
 @pytest.mark.parametrize(
     ("weight", "scale", "expected"),
     [
