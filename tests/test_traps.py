@@ -17,7 +17,7 @@ import torch
 from convention_rows import made
 from hypothesis import given
 from hypothesis import strategies as st
-from made import expanded, values
+from oracle import expanded, values
 from safetensors.torch import save_file
 from support import e4m3fn, fp8, ieee_e4m3, raw, shared, sqnr
 
