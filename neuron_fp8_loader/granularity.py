@@ -71,8 +71,10 @@ def granularity(
     if not weight or not scale:
         return UNKNOWN
     rest = scale[1:]
-    if len(weight) == 1 or len(weight) > 3:  # vectors; convolutions, [out, in, ...]
-        return ROW if scale[0] == weight[0] and math.prod(rest) == 1 and len(rest) < len(weight) else UNKNOWN
+    if len(weight) == 1:
+        return ROW if scale == weight else UNKNOWN
+    if len(weight) > 3:  # convolutions: rows and columns are not what the last two dimensions are
+        return UNKNOWN
     if len(weight) == 3:
         if scale[0] != weight[0]:
             return UNKNOWN

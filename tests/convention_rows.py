@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from made import filled
+from oracle import filled
 
 TORCH = {
     "fp8": "float8_e4m3fn", "fnuz": "float8_e4m3fnuz", "e5m2": "float8_e5m2", "e8m0": "float8_e8m0fnu",

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from convention_rows import LEFT_ALONE, ROWS, STATIC_SCALES, Row, made, parse
-from made import expanded, values
+from oracle import assert_bytes_kept, assert_pair_kept, values
 from safetensors.torch import load_file as original
 from safetensors.torch import save_file
-from support import ROOT, SHARED, e4m3fn, ieee_e4m3, raw, shared, sqnr
+from support import SHARED, raw, shared
 
 from neuron_fp8_loader import (
-    OptionError,
-    Plan,
-    PlanError,
     conventions,
     load_checkpoint,
     plan_checkpoint,
@@ -40,37 +34,11 @@ def write(directory: Path, row: Row) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_pair_kept(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], weight: str, scale: str, granularity: str
-) -> None:
-    """weight x scale, as the device reads it, is what a GPU makes of the original."""
-    old, new = e4m3fn(before[weight]), ieee_e4m3(after[weight])
-    assert np.isfinite(new).all()
-    assert after[weight].dtype == before[weight].dtype
-    assert after[weight].shape == before[weight].shape
-    # only codes below 2^-5 may round, by half a subnormal step of the new weight
-    assert (np.abs(2 * new - old)[np.abs(old) >= 2**-5] == 0).all()
-    assert np.abs(2 * new - old).max() <= 2**-9
-    assert after[scale].dtype == before[scale].dtype
-    assert after[scale].shape == before[scale].shape
-    scales = values(before[scale]), values(after[scale])
-    np.testing.assert_array_equal(scales[1], 2 * scales[0])
-    wide = [expanded(s, old.shape, granularity) for s in scales]
-    if wide[0] is not None and wide[1] is not None:
-        assert sqnr(old * wide[0], new * wide[1]) >= 100
-
-
-def assert_bytes_kept(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], names: set[str]) -> None:
-    for name in names:
-        assert (after[name].dtype, after[name].shape) == (before[name].dtype, before[name].shape), name
-        assert raw(after[name].reshape(-1)).tobytes() == raw(before[name].reshape(-1)).tobytes(), name
-
-
 def test_every_layout_has_a_row() -> None:
     assert {row.number for row in ROWS} == set(range(1, 30))
     assert len({row.id for row in ROWS}) == len(ROWS)
     used = {rule for row in ROWS for rule in row.convention.split()}
-    spare = {"quanto_weight", "fused_scales", "fused_dot_weight_scale"}  # tested below
+    spare = {"quanto_weight", "fused_scales", "fused_dot_weight_scale"}  # tested with the registry
     assert used | spare == {rule.name for rule in conventions.conventions()}
 
 
@@ -210,6 +178,29 @@ CONTROLS = {"ct_nvfp4", "ct_int8_w8a8"}
 REAL = sorted(d.name for d in SHARED.iterdir() if d.is_dir() and d.name[0] != "_") if SHARED.is_dir() else ["none"]
 
 
+DECLARED = {
+    "ct_fp8_block": ("compressed-tensors float-quantized", (128, 128)),
+    "ct_fp8_dynamic": ("compressed-tensors float-quantized", None),
+    "ct_int8_w8a8": ("compressed-tensors int-quantized", None),
+    "ct_mxfp8": ("compressed-tensors mxfp8-quantized", (1, 32)),
+    "ct_nvfp4": ("compressed-tensors nvfp4-pack-quantized", None),
+    "derived_comfy_scaled_old": ("", None),
+    "derived_fbgemm": ("fbgemm_fp8", None),
+    "hf_fp8_block": ("fp8 float", (128, 128)),
+    "modelopt_fp8": ("modelopt FP8", None),
+    "modelopt_fp8_pb_wo": ("modelopt fp8_pb_wo", (128, 128)),
+    "quark_fp8_tensor_kv": ("quark fp8_e4m3", None),
+    "torchao_fp8_wo": ("torchao Float8WeightOnlyConfig", None),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_real_configs_declare(name: str) -> None:
+    declared = plan_checkpoint(shared(name)).declared
+    assert (declared.method, declared.block) == DECLARED[name]
+    assert declared.fp8 is (None if not declared.method else name not in CONTROLS)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoint(name: str) -> None:
     directory = shared(name)
@@ -229,133 +220,3 @@ def test_real_checkpoint(name: str) -> None:
     changed = {*(p.weight for p in plan.pairs), *(p.scale for p in plan.pairs)}
     changed |= {a.name for a in plan.activation_scales}
     assert_bytes_kept(before, after, set(before) - changed)
-
-
-# -- the registry ---------------------------------------------------------------------------------------------
-
-MINE = conventions.Convention("mine", "{}.w_fp8", "{}.w_mult", "our trainer")
-
-
-@pytest.fixture
-def mine() -> Iterator[None]:
-    conventions.register(MINE)
-    yield
-    conventions.unregister("mine")
-
-
-def some(**shapes: str) -> dict[str, torch.Tensor]:
-    return made({name.replace("__", "."): text for name, text in shapes.items()})
-
-
-def plan_of(tensors: dict[str, torch.Tensor], directory: Path) -> Plan:
-    save_file(tensors, directory / "model.safetensors")
-    return plan_checkpoint(directory)
-
-
-def test_a_convention_of_ones_own(tmp_path: Path, mine: None) -> None:
-    before = some(a__w_fp8="fp8 8 8", a__w_mult="f32 8 1")
-    (pair,) = plan_of(before, tmp_path).pairs
-    assert (pair.weight, pair.scale, pair.convention, str(pair.granularity)) == ("a.w_fp8", "a.w_mult", "mine", "row")
-    assert_pair_kept(before, load_checkpoint(tmp_path).state_dict, "a.w_fp8", "a.w_mult", "row")
-    assert conventions.conventions()[0] == MINE
-    assert "our trainer" in conventions.table()
-    conventions.register(MINE)  # again: nothing happens
-    assert conventions.conventions().count(MINE) == 1
-
-
-def test_unregistered_again(tmp_path: Path) -> None:
-    conventions.register(MINE)
-    conventions.unregister("mine")
-    assert plan_of(some(a__w_fp8="fp8 8 8", a__w_mult="f32 8 1"), tmp_path).unscaled == ("a.w_fp8",)
-
-
-def test_two_candidates_are_an_error_that_names_both(tmp_path: Path) -> None:
-    with pytest.raises(PlanError) as caught:
-        plan_of(some(a__weight="fp8 8 8", a__weight_scale="f32", a__scale="f32 8"), tmp_path)
-    for word in ("a.weight: ", "a.weight_scale (weight_scale)", "a.scale (scale)", "beats"):
-        assert word in str(caught.value)
-
-
-def test_a_rule_says_which_of_two_counts(tmp_path: Path) -> None:
-    conventions.register(conventions.Convention("ours", "{}.weight", "{}.mult", "our trainer", beats=("scale",)))
-    try:
-        before = some(a__weight="fp8 8 8", a__mult="f32", a__scale="f32 8")
-        assert [p.scale for p in plan_of(before, tmp_path).pairs] == ["a.mult"]
-        assert_bytes_kept(before, load_checkpoint(tmp_path).state_dict, {"a.scale"})
-    finally:
-        conventions.unregister("ours")
-
-
-def test_a_rule_of_ones_own_is_named_where_a_published_one_fits_too(tmp_path: Path) -> None:
-    conventions.register(conventions.Convention("ours", "{}.weight", "{}.weight_scale"))
-    try:
-        (pair,) = plan_of(some(a__weight="fp8 8 8", a__weight_scale="f32"), tmp_path).pairs
-        assert pair.convention == "ours"
-    finally:
-        conventions.unregister("ours")
-
-
-@pytest.mark.parametrize(
-    ("convention", "message"),
-    [
-        (("scale", "{}.w", "{}.s"), "'scale' is registered already"),
-        (
-            ("x", "{}.w", "{}.s", "", ("scales", "scale")),
-            "beats 'scales', which is not known; there are weight_scale,",
-        ),
-        (("x", "w", "{}.s"), "'w' must hold exactly one {}"),
-        (("x", "{}.w", "{}.{}.s"), "must hold exactly one {}"),
-        (("x", "{}.w", "{}.w"), "weight and scale are both"),
-    ],
-)
-def test_a_convention_that_cannot_be(convention: tuple[str, ...], message: str) -> None:
-    known = conventions.conventions()
-    with pytest.raises(OptionError) as caught:
-        conventions.register(conventions.Convention(*convention))  # type: ignore[arg-type]
-    assert message in str(caught.value)
-    assert conventions.conventions() == known
-
-
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(OptionError, match=r"no convention 'wight_scale'; there are weight_scale, weight_scale_inv, "):
-        conventions.unregister("wight_scale")
-
-
-@pytest.mark.parametrize(
-    ("weight", "scale", "rule"),
-    [
-        ("a.weight", "a.weight._scale", "quanto_weight"),
-        ("a.up_proj", "a.up_proj_scales", "fused_scales"),
-        ("a.up_proj", "a.up_proj.weight_scale", "fused_dot_weight_scale"),
-    ],
-)
-def test_rules_that_no_row_needs(weight: str, scale: str, rule: str, tmp_path: Path) -> None:
-    before = made({weight: "fp8 8 8", scale: "f32 8 1"})
-    (pair,) = plan_of(before, tmp_path).pairs
-    assert (pair.weight, pair.scale, pair.convention) == (weight, scale, rule)
-
-
-@pytest.mark.parametrize("rule", conventions.conventions(), ids=lambda rule: rule.name)
-def test_rules_go_both_ways(rule: conventions.Convention) -> None:
-    weight = rule.weight.format("model.layers.0.q_proj")
-    scale = rule.scale.format("model.layers.0.q_proj")
-    assert rule.scale_of(weight) == scale
-    assert rule.weight_of(scale) == weight
-    assert rule.scale_of(rule.weight.format("")) is None  # a module must have a name
-    assert conventions.candidates(weight, {scale})[0][1] == scale
-
-
-def test_the_registry_prints() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "neuron_fp8_loader.conventions"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert run.stdout.rstrip("\n") == conventions.table()
-    assert run.stderr == ""
-    for rule in conventions.conventions():
-        assert rule.name in run.stdout
-        assert rule.producers in run.stdout
-
-
-def test_the_documentation_is_in_step() -> None:
-    page = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
-    assert conventions.table() in page, "paste the output of `python -m neuron_fp8_loader.conventions` into the page"

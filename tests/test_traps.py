@@ -17,7 +17,7 @@ import torch
 from convention_rows import made
 from hypothesis import given
 from hypothesis import strategies as st
-from made import expanded, values
+from oracle import expanded, values
 from safetensors.torch import save_file
 from support import e4m3fn, fp8, ieee_e4m3, raw, shared, sqnr
 
@@ -248,12 +248,18 @@ def test_08_ragged_blocks_load(config: bool, tmp_path: Path) -> None:
         ((24, 16), (3,), "unknown"), ((48, 64), (7, 2), "unknown"), ((1280, 128), (12, 1), "unknown"),
         ((256, 448), (2, 1, 4, 1), "block 128x128"), ((256, 448), (2, 2, 4, 1), "unknown"),
         ((16, 96), (16, 3), "block 1x32"), ((64, 96), (2, 3), "block 32x32"), ((16,), (16,), "row"),
-        ((8, 4, 3, 3), (8,), "row"), ((8, 4, 3, 3), (8, 1, 1, 1), "row"), ((8, 4, 3, 3), (4,), "unknown"),
+        ((8, 4, 3, 3), (8,), "unknown"), ((8, 4, 3, 3), (8, 1, 1, 1), "unknown"), ((8, 4, 3, 3), (1,), "tensor"),
         ((0, 16), (0, 1), "row"), ((0, 16), (3, 1), "unknown"), ((), (), "tensor"),
     ],
 )  # fmt: skip
 def test_09_granularity(weight: tuple[int, ...], scale: tuple[int, ...], expected: str) -> None:
     assert str(granularity(weight, scale)) == expected
+
+
+def test_09_mx_groups_are_told_by_their_scale() -> None:
+    assert str(granularity((16, 96), (16, 3), e8m0=True)) == "MX group 1x32"
+    assert str(granularity((4, 16, 96), (4, 16, 3), e8m0=True)) == "expert MX group 1x32"
+    assert str(granularity((256, 256), (2, 2), e8m0=True)) == "block 128x128"
 
 
 @pytest.mark.parametrize(

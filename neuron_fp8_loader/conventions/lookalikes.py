@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .registry import conventions, rename
+from .registry import conventions, follows_a_rule, rename
 
 PACKED_DTYPES = ("uint8", "int8", "int32", "float4_e2m1fn_x2")
 """dtypes of weights that hold other formats: NVFP4, MXFP4, INT8, INT4."""
@@ -19,7 +19,7 @@ def packed_owners(scale: str) -> Iterator[str]:
 
     The same rules as for FP8 weights, with ``X.weight_packed`` for ``X.weight``.
     """
-    if "sc" not in scale:  # 'scale', 'scaling_factor': spares most names the search
+    if not follows_a_rule(scale):
         return
     for rule in conventions():
         weight = rule.weight_of(scale)

@@ -71,6 +71,18 @@ def conventions() -> tuple[Convention, ...]:
     return tuple(_REGISTRY)
 
 
+def _tails() -> tuple[str, ...]:
+    return tuple({rule.ends[3] for rule in _REGISTRY})
+
+
+_scale_tails = _tails()
+
+
+def follows_a_rule(scale: str) -> bool:
+    """Could ``scale`` be some weight's scale, by the end of its name? Spares most names the search."""
+    return scale.endswith(_scale_tails)
+
+
 def _names() -> str:
     return ", ".join(known.name for known in _REGISTRY)
 
@@ -92,6 +104,7 @@ def register(convention: Convention) -> None:
         )
     if convention not in _REGISTRY:
         _REGISTRY.insert(0, convention)
+        _changed()
 
 
 def unregister(name: str) -> None:
@@ -99,8 +112,14 @@ def unregister(name: str) -> None:
     for known in _REGISTRY:
         if known.name == name:
             _REGISTRY.remove(known)
+            _changed()
             return
     raise OptionError(f"no convention {name!r}; there are {_names()}")
+
+
+def _changed() -> None:
+    global _scale_tails
+    _scale_tails = _tails()
 
 
 def candidates(weight: str, names: Container[str]) -> list[tuple[Convention, str]]:

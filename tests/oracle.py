@@ -1,11 +1,11 @@
-"""Tensors made up as checkpoints hold them, and what scales mean, read by ml_dtypes and numpy."""
+"""Tensors made up as checkpoints hold them; what scales mean, read by ml_dtypes and numpy; what must be kept."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
 import torch
-from support import raw
+from support import e4m3fn, ieee_e4m3, raw, sqnr
 
 
 def values(tensor: torch.Tensor) -> np.ndarray:
@@ -54,3 +54,29 @@ def filled(dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     if dtype in ("int8", "int32"):
         return integers(-100, 100).to(getattr(torch, dtype))
     return (torch.rand(shape, generator=generator) * 1e-3 + 1e-4).to(getattr(torch, dtype))
+
+
+def assert_pair_kept(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], weight: str, scale: str, granularity: str
+) -> None:
+    """weight x scale, as the device reads it, is what a GPU makes of the original."""
+    old, new = e4m3fn(before[weight]), ieee_e4m3(after[weight])
+    assert np.isfinite(new).all()
+    assert after[weight].dtype == before[weight].dtype
+    assert after[weight].shape == before[weight].shape
+    # only codes below 2^-5 may round, by half a subnormal step of the new weight
+    assert (np.abs(2 * new - old)[np.abs(old) >= 2**-5] == 0).all()
+    assert np.abs(2 * new - old).max() <= 2**-9
+    assert after[scale].dtype == before[scale].dtype
+    assert after[scale].shape == before[scale].shape
+    scales = values(before[scale]), values(after[scale])
+    np.testing.assert_array_equal(scales[1], 2 * scales[0])
+    wide = [expanded(s, old.shape, granularity) for s in scales]
+    if wide[0] is not None and wide[1] is not None:
+        assert sqnr(old * wide[0], new * wide[1]) >= 100
+
+
+def assert_bytes_kept(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], names: set[str]) -> None:
+    for name in names:
+        assert (after[name].dtype, after[name].shape) == (before[name].dtype, before[name].shape), name
+        assert raw(after[name].reshape(-1)).tobytes() == raw(before[name].reshape(-1)).tobytes(), name
