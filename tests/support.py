@@ -114,6 +114,12 @@ def write_index(file: Path, weight_map: dict[str, str]) -> Path:
     return file
 
 
+def header(content: object, data: bytes = b"\0" * 24) -> bytes:
+    """A safetensors file with this header, right or wrong."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
 def digests(directory: Path) -> dict[str, str]:
     """sha256 of every file, to tell that none was written to."""
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.iterdir()) if f.is_file()}
@@ -152,3 +158,19 @@ _HALVED = _halved_codes()
 def halved(tensor: torch.Tensor) -> torch.Tensor:
     """What `half` has to make of an FP8 tensor, by ml_dtypes; a new, contiguous tensor."""
     return torch.from_numpy(np.array(_HALVED[raw(tensor)], dtype=np.uint8)).view(torch.float8_e4m3fn)
+
+
+# -- state dicts ----------------------------------------------------------------------------------------------
+
+
+def frozen(tensors: dict) -> dict:
+    """Copies with memory of their own, as a record of what was there."""
+    return {n: t.detach().clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+
+
+def unchanged(tensors: dict, before: dict) -> None:
+    """Assert that the tensors hold what they held, in the same order."""
+    assert list(tensors) == list(before)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert blob(tensors[name]) == blob(value), name
