@@ -89,6 +89,15 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] 
     return path
 
 
+def can_save(dtype: torch.dtype) -> bool:
+    """Can this safetensors write it? Not every version knows every FP8 dtype."""
+    try:
+        safetensors.torch.save({"x": torch.zeros(2, dtype=torch.uint8).view(dtype)})
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
 def save_shards(
     directory: Path,
     *shards: dict[str, torch.Tensor],
