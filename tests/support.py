@@ -89,6 +89,15 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] 
     return path
 
 
+def can_save(dtype: torch.dtype) -> bool:
+    """Can this safetensors write it? Not every version knows every FP8 dtype."""
+    try:
+        safetensors.torch.save({"x": torch.zeros(2, dtype=torch.uint8).view(dtype)})
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
 def save_shards(
     directory: Path,
     *shards: dict[str, torch.Tensor],
@@ -112,6 +121,12 @@ def save_shards(
 def write_index(file: Path, weight_map: dict[str, str]) -> Path:
     file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return file
+
+
+def header(content: object, data: bytes = b"\0" * 24) -> bytes:
+    """A safetensors file with this header, right or wrong."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -152,3 +167,19 @@ _HALVED = _halved_codes()
 def halved(tensor: torch.Tensor) -> torch.Tensor:
     """What `half` has to make of an FP8 tensor, by ml_dtypes; a new, contiguous tensor."""
     return torch.from_numpy(np.array(_HALVED[raw(tensor)], dtype=np.uint8)).view(torch.float8_e4m3fn)
+
+
+# -- state dicts ----------------------------------------------------------------------------------------------
+
+
+def frozen(tensors: dict) -> dict:
+    """Copies with memory of their own, as a record of what was there."""
+    return {n: t.detach().clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+
+
+def unchanged(tensors: dict, before: dict) -> None:
+    """Assert that the tensors hold what they held, in the same order."""
+    assert list(tensors) == list(before)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert blob(tensors[name]) == blob(value), name

@@ -55,7 +55,7 @@ def test_summary_is_one_line(loaded):
         "2 rounded",
         "0 NaN",
         "1 activation scales rescaled",
-        "1 unscaled weights dequantised",
+        "weights dequantised",
         kernel.active,
     ):
         assert part in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import safetensors
 import torch
-from support import TINY, codes, digests, random_codes, same_bytes, save, save_shards
+from support import TINY, can_save, codes, digests, random_codes, same_bytes, save, save_shards
 
 from neuron_fp8_loader import load_file, safe_open
 from neuron_fp8_loader.errors import CheckpointError, Fp8LoaderError, OptionError, ScaleError, WeightError
@@ -30,6 +30,8 @@ def mixed(tmp_path):
         "scalar": torch.tensor(3),
     }
     tensors["f.weight"].view(torch.uint8)[tensors["f.weight"].view(torch.uint8) == 0x80] = 1
+    if not can_save(torch.float8_e4m3fnuz):
+        del tensors["f.weight"]
     return save(tmp_path / "mixed.safetensors", tensors, {"format": "pt"})
 
 
@@ -88,6 +90,8 @@ INDEXES = [
 )
 def test_slices_commute(mixed, name, index):
     """Slicing and converting give the same in either order; an index that safetensors refuses is refused."""
+    if name == "f.weight" and not can_save(torch.float8_e4m3fnuz):
+        pytest.skip("this safetensors cannot write float8_e4m3fnuz")
     expected = load_file(mixed, always=True)[name]
     with safetensors.safe_open(str(mixed), framework="pt") as theirs:
         try:
