@@ -27,7 +27,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
     """``weight x scale``, rounded once.
 
     Args:
-        weight: float8_e4m3fn [rows, columns] or [experts, rows, columns].
+        weight: float8_e4m3fn [rows, columns] or [experts, rows, columns]; any shape with one scale for all.
         scale: of any dtype and shape that ``granularity`` describes.
         granularity: how the scale covers the weight, as a plan says.
         threads: how many work at once.
@@ -36,11 +36,13 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
         bfloat16 of the weight's shape.
 
     Raises:
-        ScaleError: the granularity is unknown.
+        ScaleError: the granularity is unknown, or the weight is no matrix and no stack of them.
     """
     out = shaped(allocate(2 * weight.numel()), torch.bfloat16, tuple(weight.shape))
     if weight.numel() == 0:
         return out
+    if weight.dim() not in (2, 3) and granularity.kind != "tensor":
+        raise ScaleError(f"scale per {granularity} of a weight of shape {list(weight.shape)}: not known how it covers it")
     rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
     source, target = weight.detach().reshape(-1, rows, columns), out.view(-1, rows, columns)
     values = _per_matrix(scale_values(scale).float(), granularity, len(source))

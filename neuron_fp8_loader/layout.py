@@ -114,7 +114,9 @@ def _shape(plan: Plan, pair: Pair, layout: str) -> tuple[int, ...] | None:
     elif len(weight) == 3:
         transposed = pair.convention in _TRANSPOSED
         rows = (weight[0], 1, weight[2]) if transposed else (weight[0], weight[1], 1)
-        if kind == "tensor" or math.prod(scale) == math.prod(rows):
+        # "unknown" where a stack of square matrices leaves it open: the convention tells
+        right = kind in (("column", "unknown") if transposed else ("row", "unknown"))
+        if kind == "tensor" or (right and math.prod(scale) == math.prod(rows)):
             return rows
         if kind == "block" and experts and not transposed:
             return None

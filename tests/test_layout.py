@@ -97,6 +97,20 @@ def test_experts(name: str, scale_name: str, scale_shape: tuple[int, ...], expec
     assert sqnr(e4m3fn(w) * wide, e4m3fn(out[name]) * out[scale_name].double().numpy()) > 100
 
 
+@pytest.mark.parametrize(
+    ("name", "scale_name", "scale_shape"),
+    [
+        ("moe.gate.weight", "moe.gate.weight_scale", (4, 1, 32)),  # a scale an input column
+        ("experts.gate_up_proj", "experts.gate_up_proj_weight_scale", (4, 32, 1)),  # Llama 4: rows are inputs
+    ],
+)
+def test_experts_with_scales_of_their_inputs_are_refused(
+    name: str, scale_name: str, scale_shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(PlanError, match="cannot be laid out per row"):
+        rescale_state_dict({name: weight(4, 32, 32), scale_name: torch.ones(scale_shape)}, layout="per_channel")
+
+
 def test_expert_blocks() -> None:
     w = weight(3, 256, 300)
     s = torch.rand(3, 2, 3) + 0.5
