@@ -34,7 +34,7 @@ class Counts(NamedTuple):
     nan: int = 0
     """Codes that are NaN."""
 
-    def __add__(self, other: object) -> Counts:  # type: ignore[override]
+    def __add__(self, other: object) -> Counts:
         assert isinstance(other, Counts)
         return Counts(
             max(self.max, other.max), self.above + other.above, self.lossy + other.lossy, self.nan + other.nan

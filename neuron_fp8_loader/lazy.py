@@ -34,7 +34,8 @@ class safe_open:
         **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework. Reading raises
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout`` or
+            ``dequantize``. Reading raises
         WeightError and ScaleError as ``load_file`` does, for the slice at hand.
     """
 
@@ -50,6 +51,8 @@ class safe_open:
         if not Path(filename).is_file() or Path(filename).suffix != ".safetensors":
             raise CheckpointError(f"{filename}: no such .safetensors file; safe_open takes one file")
         self._options = Options.of(options)
+        if self._options.layout != "keep" or self._options.dequantize:
+            raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
         self.plan: Plan = plan_for(open_checkpoint(filename))
         self._device = device
         self._weights = self.plan.scale_of

@@ -13,6 +13,11 @@ def storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that show the same memory in the same way."""
+    return (storage_id(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+
+
 def span(tensor: torch.Tensor) -> Span:
     """(first, one past the last) byte that the tensor reaches in its storage; empty tensors reach none."""
     size = tensor.element_size()
