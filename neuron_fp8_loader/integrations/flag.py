@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..device import needs_rescale, platform
 from ..errors import OptionError
 from ..formats import METHODS
+from ..layout import module_of
 from ..options import Options
 from ..plan import Plan
 
@@ -69,18 +69,20 @@ def options_for(neuron_config: Any) -> dict[str, Any] | None:
     options = parse(getattr(neuron_config, FLAG, None))
     if options is None or not acts():
         return None
-    return {**layout_for(neuron_config), **options}
+    return {"layout": layout_for(neuron_config), **options}
 
 
-def layout_for(neuron_config: Any) -> dict[str, Any]:
-    """The option that brings scales into the shape which the config's ``quantization_type`` takes."""
-    if "layout" not in {field.name for field in fields(Options)} or not getattr(neuron_config, "quantized", False):
-        return {}
-    return {"layout": _LAYOUTS.get(str(getattr(neuron_config, "quantization_type", "")), "keep")}
+def layout_for(neuron_config: Any) -> str:
+    """The layout that brings scales into the shape which the layers of this ``quantization_type`` take."""
+    if not getattr(neuron_config, "quantized", False):
+        return "keep"
+    return _LAYOUTS.get(str(getattr(neuron_config, "quantization_type", "")), "keep")
 
 
 def dequantized(plan: Plan, options: Mapping[str, Any]) -> set[str]:
     """The FP8 weights of a checkpoint that these options have returned as bfloat16."""
-    names = set(plan.unscaled) if options.get("unscaled") == "dequantize" else set()
-    patterns = options.get("dequantize") or ()
-    return names | {p.weight for p in plan.pairs if any(fnmatch(p.weight, pattern) for pattern in patterns)}
+    chosen = Options.of(options)
+    names = set(plan.unscaled) if chosen.unscaled == "dequantize" else set()
+    return names | {
+        p.weight for p in plan.pairs if any(fnmatchcase(module_of(p.weight), d) for d in chosen.dequantize)
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..loader import load_state_dict
+import torch
+
+from ..checkpoint import describe
+from ..loader import load_checkpoint
 from ..options import Options
-from ..rescale import rescale_state_dict
+from ..plan import Plan, make_plan, plan_checkpoint
+from ..rescale import rescale_planned
 from .check import check_ready
 from .flag import FLAG, options_for, parse
+from .keys import nxd_names, reads_scale_inv, renamed
 from .neuron_config import find_plan
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -39,14 +43,28 @@ class Session:
 
     Attributes:
         options: for the loader.
+        quantized: are there quantised layers, which look for scales under names of their own?
+        own_scales: does the model read ``weight_scale_inv`` by itself, in the shape that it has?
         read_ready: was the state dict read by the loader, and so is rescaled?
     """
 
     options: dict[str, Any]
+    quantized: bool = True
+    own_scales: bool = False
     read_ready: bool = False
 
+    def options_for(self, plan: Plan) -> dict[str, Any]:
+        """The options, but that scales which the model reads by itself keep their shapes."""
+        return {**self.options, "layout": "keep"} if self._keeps_names(plan) else self.options
 
-_SCALE = re.compile(r"\.weight_scale$")
+    def named(self, state_dict: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """With the names that the layers of the model look for."""
+        return state_dict if self._keeps_names(plan) else renamed(state_dict, nxd_names(plan), plan.source)
+
+    def _keeps_names(self, plan: Plan) -> bool:
+        return not self.quantized or (self.own_scales and any(p.scale.endswith("_scale_inv") for p in plan.pairs))
+
+
 _session: ContextVar[Session | None] = ContextVar("neuron_fp8_loader_session", default=None)
 
 
@@ -59,10 +77,12 @@ def _within(session: Session | None) -> Iterator[None]:
         _session.reset(token)
 
 
-def _session_for(config: Any) -> Session | None:
+def _session_for(config: Any, model: type) -> Session | None:
     neuron_config = getattr(config, "neuron_config", None)
     options = options_for(neuron_config)
-    return None if options is None else Session(options)
+    if options is None:
+        return None
+    return Session(options, bool(getattr(neuron_config, "quantized", False)), reads_scale_inv(model))
 
 
 def reader(file_name: str) -> Callable[..., Any]:
@@ -72,16 +92,19 @@ def reader(file_name: str) -> Callable[..., Any]:
         session = _session.get()
         if session is None:
             return original(state_dict_dir, *args, **kwargs)
-        state_dict = load_state_dict(os.path.join(state_dict_dir, file_name), **session.options)
+        path = os.path.join(state_dict_dir, file_name)
+        # headers are read twice only where the answer hangs on them
+        options = session.options_for(plan_checkpoint(path)) if session.own_scales else session.options
+        loaded = load_checkpoint(path, **options)
         session.read_ready = True
-        return state_dict
+        return session.named(loaded.state_dict, loaded.plan)
 
     return read
 
 
 def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: Any, *args: Any, **kwargs: Any) -> Any:
     """``NeuronApplicationBase.get_state_dict``: draft and target each come through here, with their own config."""
-    session = _session_for(config)
+    session = _session_for(config, cls)
     with _within(session):  # None too: a draft without the flag is not the target's business
         if session is None:
             return original(cls, path, config, *args, **kwargs)
@@ -100,7 +123,11 @@ def _ready_before_conversion(cls: Any, session: Session) -> type:
 
     def convert_ready(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not session.read_ready:
-            state_dict = _renamed(rescale_state_dict(state_dict, inplace=True, **session.options))
+            infos = {n: describe(n, t) for n, t in state_dict.items() if isinstance(t, torch.Tensor)}
+            plan = make_plan(infos, cls.__name__)
+            options = Options.of(session.options_for(plan))
+            state_dict, _ = rescale_planned(state_dict, plan, options, inplace=True)
+            state_dict = session.named(state_dict, plan)
         return convert(state_dict, *args, **kwargs)
 
     namespace = {
@@ -111,14 +138,9 @@ def _ready_before_conversion(cls: Any, session: Session) -> type:
     return types.new_class(cls.__name__, (cls,), {}, lambda body: body.update(namespace))
 
 
-def _renamed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """As ``get_state_dict`` does before the conversion: a new layout may have come with a new name."""
-    return {_SCALE.sub(".scale", name): value for name, value in state_dict.items()}
-
-
 def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """``NeuronApplicationBase.checkpoint_loader_fn``: for applications with a ``get_state_dict`` of their own."""
-    session = _session_for(self.config)
+    session = _session_for(self.config, type(self))
     with _within(session):
         state_dict = original(self, *args, **kwargs)
     if session is not None and not all(_inherits(kind, "get_state_dict") for kind in _applications(self)):

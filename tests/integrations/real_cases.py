@@ -84,6 +84,38 @@ def test_logits(tmp_path: Path, flavour: str) -> None:
     assert torch.equal(on, reference)
 
 
+@pytest.mark.parametrize("flavour", ["channel_1d", "tensor_scalar", "block"])
+def test_scales_that_nxdi_itself_refuses(tmp_path: Path, flavour: str) -> None:
+    original = H.make_tiny_checkpoint(tmp_path, flavour=flavour)
+    quantization_type = "per_channel_symmetric" if flavour == "block" else H.QUANT_TYPE[flavour]
+    with pytest.raises((RuntimeError, KeyError)):
+        logits(tmp_path, ieee=True, quantization_type=quantization_type)
+    on = logits(tmp_path, ieee=True, quantization_type=quantization_type, **ON)
+    assert torch.isfinite(on).all()
+
+    # the same values, dequantised and quantised anew in a shape that NxD Inference takes
+    plain: dict[str, torch.Tensor] = {}
+    for name, t in original.items():
+        if t.dtype == FP8:
+            scale = original[name + ("_scale_inv" if flavour == "block" else "_scale")]
+            if flavour == "block":
+                scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            elif flavour == "channel_1d":
+                scale = scale[:, None]
+            plain[name] = t.float() * scale
+        elif "scale" not in name:
+            plain[name] = t.float()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"}))
+    model.float().eval().load_state_dict(plain)
+    ids = torch.cat([H.prompt(config["vocab_size"]), torch.tensor([[5]])], 1)
+    with torch.no_grad():
+        reference = model(ids).logits[0, -2:].float()
+    assert (on - reference).abs().max() < (0.3 if flavour == "block" else 1e-3)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_bin(tmp_path: Path, sharded: bool) -> None:
     H.make_tiny_checkpoint(tmp_path)

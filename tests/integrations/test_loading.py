@@ -17,7 +17,7 @@ from neuron_fp8_loader import Fp8LoaderError, OptionError, WeightError
 from neuron_fp8_loader.device import PLATFORM_ENV
 from tests.integrations.checkpoints import FORMS, product, same_for_the_device, state_dict, write
 from tests.integrations.conftest import Standin
-from tests.support import ieee_e4m3, raw
+from tests.support import e4m3fn, ieee_e4m3, raw, sqnr
 
 FP8 = torch.float8_e4m3fn
 
@@ -211,6 +211,43 @@ def test_scales_of_packed_weights_are_not_weights(enabled: Standin, tmp_path: Pa
     }
     loaded = app_for(enabled, write(tmp_path, {**state_dict(), **packed})).checkpoint_loader_fn()
     assert raw(loaded["layers.0.mlp.up_proj.scale"]).tolist() == [[0x7E]] * 16
+
+
+def scaled_as(original: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The same weights [16, 32] with scales of another name and shape."""
+    shapes = {"weight_scale_inv": (2, 4), "row": (16,), "tensor": ()}
+    name = "weight_scale_inv" if kind == "weight_scale_inv" else "weight_scale"
+    return {
+        n.replace("weight_scale", name): torch.full(shapes[kind], 0.01) if n.endswith("_scale") else t
+        for n, t in original.items()
+    }
+
+
+@pytest.mark.parametrize("way", ["directory", "file"])
+@pytest.mark.parametrize("kind", ["weight_scale_inv", "row", "tensor"])
+def test_scales_come_as_the_layers_look_for_them(enabled: Standin, tmp_path: Path, kind: str, way: str) -> None:
+    path = write(tmp_path, scaled_as(state_dict(), kind))
+    if way == "file":
+        torch.save(scaled_as(state_dict(), kind), tmp_path / "file.pt")
+        path = str(tmp_path / "file.pt")
+    loaded = app_for(enabled, path).checkpoint_loader_fn()
+    assert finite(loaded)
+    weights = [name for name, t in loaded.items() if t.dtype == FP8]
+    assert len(weights) == 6
+    for name in weights:
+        scale = loaded[name.removesuffix("weight") + "scale"]
+        assert scale.shape == (16, 1)
+        got, want = ieee_e4m3(loaded[name]) * scale.double().numpy(), e4m3fn(state_dict()[f"model.{name}"]) * 0.01
+        assert sqnr(want, got) > 30  # block scales are requantised
+
+
+def test_scales_of_a_model_that_does_without_quantised_layers_keep_name_and_shape(
+    enabled: Standin, tmp_path: Path
+) -> None:
+    path = write(tmp_path, scaled_as(state_dict(), "weight_scale_inv"))
+    loaded = app_for(enabled, path, quantized=False).checkpoint_loader_fn()
+    assert finite(loaded)
+    assert torch.equal(loaded["layers.0.mlp.down_proj.weight_scale_inv"], torch.full((2, 4), 0.02))
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from neuron_fp8_loader import OptionError, Options
+from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.device import PLATFORM_ENV
 from neuron_fp8_loader.integrations import flag
 from neuron_fp8_loader.integrations.neuron_config import ENVIRONMENT
@@ -110,6 +110,12 @@ class TestModulesToNotConvert:
         config.save(tmp_path / "compiled")
         back = enabled.config.InferenceConfig.load(tmp_path / "compiled")
         assert back.neuron_config.modules_to_not_convert == config.neuron_config.modules_to_not_convert
+
+    @pytest.mark.parametrize("patterns", ["*.self_attn.*", ["*.0.self_attn.q_proj", "*.1.self_attn.*"]], ids=str)
+    def test_dequantized_modules_are_in_it(self, enabled: Standin, tmp_path: Path, patterns: Any) -> None:
+        flag = {"dequantize": patterns}
+        config = enabled.config.NeuronConfig(**settings(write(tmp_path, state_dict()), fp8_rescale=flag))
+        assert config.modules_to_not_convert == ["layers.0.self_attn", "layers.1.self_attn", "lm_head"]
 
     @pytest.mark.parametrize("path", ["nowhere", "empty"])
     def test_no_checkpoint_yet(self, enabled: Standin, tmp_path: Path, path: str) -> None:
@@ -258,13 +264,11 @@ def test_layout_follows_the_quantization_type(enabled: Standin, monkeypatch: pyt
         config = enabled.config.NeuronConfig(**settings("nowhere", **more))
         return (flag.options_for(config) or {}).get("layout")
 
-    if "layout" not in Options.__dataclass_fields__:
-        assert layout() is None
-        return
     assert layout() == "per_channel"
     assert layout(quantization_type="per_tensor_symmetric") == "per_tensor"
     assert layout(quantization_type="expert_wise_per_channel_symmetric") == "per_channel"
     assert layout(quantization_type="blockwise_symmetric") == "keep"
+    assert layout(quantized=False) == "keep"
     assert layout(fp8_rescale={"layout": "keep"}) == "keep"
 
 
