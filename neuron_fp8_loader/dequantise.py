@@ -42,7 +42,9 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
     if weight.numel() == 0:
         return out
     if weight.dim() not in (2, 3) and granularity.kind != "tensor":
-        raise ScaleError(f"scale per {granularity} of a weight of shape {list(weight.shape)}: not known how it covers it")
+        raise ScaleError(
+            f"scale per {granularity} of a weight of shape {list(weight.shape)}: not known how it covers it"
+        )
     rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
     source, target = weight.detach().reshape(-1, rows, columns), out.view(-1, rows, columns)
     values = _per_matrix(scale_values(scale).float(), granularity, len(source))

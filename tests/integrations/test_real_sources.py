@@ -1,4 +1,4 @@
-"""Runs real_cases.py where there are checkouts of NxD and NxD Inference (``NXD_SRC``, ``NXDI_SRC``)."""
+"""Runs real_cases.py and real_layouts.py where there are checkouts of NxD and NxD Inference (``NXD_SRC``, ``NXDI_SRC``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from neuron_fp8_loader import kernel
 from tests.support import ROOT, SHARED
 
-CASES = Path(__file__).with_name("real_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("real_cases.py", "real_layouts.py")]
 
 
 def test_real_sources() -> None:
@@ -29,7 +29,7 @@ def test_real_sources() -> None:
         pytest.skip("once is enough: the kernel paths give the same bytes")
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "NEURON_RT_NUM_CORES")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, CASES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
