@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +122,6 @@ def measure(nbytes: int, threads: int, repeats: int, slow: bool) -> dict[str, di
     def add(name: str, gives: str, work: Work, path: str, times: int) -> None:
         def contender() -> float:
             dst.zero_()
-            gc.collect()
             with live(path):
                 seconds = timed(lambda: _repeat(src, dst, work, threads, times))
             _check(name, dst, answers[gives])

@@ -172,7 +172,9 @@ class Neuron:
 
     def _compile(self, case: Case, tensors: Tensors) -> Outcome:
         # the native stack compiles at the first call; its options go through the environment
-        os.environ["NEURON_CC_FLAGS"] = f"{os.environ.get('NEURON_CC_FLAGS', '')} {self.compiler_args}".strip()
+        flags = os.environ.get("NEURON_CC_FLAGS", "")
+        if self.compiler_args not in flags:
+            os.environ["NEURON_CC_FLAGS"] = f"{flags} {self.compiler_args}".strip()
         os.environ["TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION"] = "1"  # never the CPU in secret
         torch._dynamo.reset()
         model, ids = case.llama(tensors).to(TORCH_DEVICE), case.ids.to(TORCH_DEVICE)
