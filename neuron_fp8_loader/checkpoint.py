@@ -266,7 +266,7 @@ def _safetensors_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
             metadata = dict(handle.metadata() or {})
     except KeyError as error:
         raise CheckpointError(f"{file}: unknown dtype {error} in the header; a newer version may know it") from error
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{file}: not a complete safetensors file ({error}); if it was downloaded, download it again"
         ) from error
