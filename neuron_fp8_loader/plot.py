@@ -169,7 +169,7 @@ def _codes(alt: Any, scan: Scan, width: int) -> Any:
                 ),
             ),
             y=alt.Y(
-                "count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format=",", values=powers)
+                "count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format=",d", values=powers)
             ),
             color=alt.Color(
                 "neuron:N",

@@ -148,6 +148,14 @@ def test_a_wrong_kernel_or_thread_count(monkeypatch: pytest.MonkeyPatch) -> None
     assert "no such path here" in one_line(run("verify", TINY))
 
 
+@pytest.mark.parametrize("module", ["numpy", "ml_dtypes"])
+def test_verify_without_its_extra(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    for name in ("arithmetic", "compare", "verify"):
+        monkeypatch.delitem(sys.modules, f"neuron_fp8_loader.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"verify needs {module}; install the extra" in one_line(run("verify", TINY))
+
+
 def test_many_problems_on_one_line() -> None:
     items = "".join(f"\n  - problem {n}" for n in range(20))
     text = to_one_line(f"x: 25 problems:{items}\n  ... and 5 more\nDo this.")

@@ -157,6 +157,15 @@ def test_plot(tmp_path: Path, suffix: str) -> None:
         assert b"https://cdn" not in content  # opens without a network
 
 
+@needs_plot
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    path = single(tmp_path / "c", {"norm": torch.ones(3)})
+    result = run("inspect", path, "--plot", tmp_path / "x.png")
+    assert result.exit_code == 0
+    assert "nothing to draw" in result.stdout
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_plot_that_cannot_be_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ends in .png or .html" in one_line(run("inspect", TINY, "--plot", tmp_path / "x.pdf"))
     assert "no such directory" in one_line(run("inspect", TINY, "--plot", tmp_path / "no" / "x.png"))
