@@ -155,7 +155,7 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
         if index:
             return index, _listed(index)
         shards = sorted(path.glob("*.safetensors"))
-        if len(shards) > 1:
+        if len(shards) > 1 or (shards and _SHARD.match(shards[0].name)):
             _require_one_set(path, shards)
         if not shards:
             shards = [path / name for name in _BIN if (path / name).is_file()][:1]

@@ -213,11 +213,12 @@ def _identity(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     from . import __version__
 
     stats = {file: file.stat() for file in checkpoint.files}
-    return {
+    identity: dict[str, Any] = {
         "version": __version__,
         "files": {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "options": {name: value for name, value in vars(options).items() if name not in ("threads", "progress")},
     }
+    return dict(json.loads(json.dumps(identity)))  # as it will be read back
 
 
 def _others(checkpoint: Checkpoint, path: Path, base: Path) -> list[Path]:

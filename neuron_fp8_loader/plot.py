@@ -50,11 +50,12 @@ def write_plot(scan: Scan, path: str) -> None:
             f"in {len(scan.worst())} of {len(scan.weights)} weights",
             fontSize=18,
             anchor="start",
+            offset=16,
         )
     )
     chart = chart.configure_view(stroke=None).configure_title(anchor="start").resolve_scale(color="independent")
     if path.endswith(".png"):
-        chart.save(path, scale_factor=2)
+        chart.save(path, ppi=110)
     else:
         chart.save(path, inline=True)
 
@@ -168,7 +169,7 @@ def _codes(alt: Any, scan: Scan, width: int) -> Any:
                 ),
             ),
             y=alt.Y(
-                "count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format="~s", values=powers)
+                "count:Q", scale=alt.Scale(type="symlog"), axis=alt.Axis(title="codes", format=",d", values=powers)
             ),
             color=alt.Color(
                 "neuron:N",

@@ -39,8 +39,12 @@ class Command(click.Command):
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             _fail(ctx, f"{name}{error.strerror or error}")
-        except ImportError as error:
-            _fail(ctx, f"{error.name} is missing; install the extras: pip install 'neuron-fp8-loader[verify,plot]'")
+        except ModuleNotFoundError as error:
+            if error.name not in ("numpy", "ml_dtypes"):
+                raise
+            _fail(
+                ctx, f"{ctx.info_name} needs {error.name}; install the extra: pip install 'neuron-fp8-loader[verify]'"
+            )
         except KeyboardInterrupt:
             click.echo("neuron-fp8: interrupted", err=True)
             ctx.exit(INTERRUPTED)

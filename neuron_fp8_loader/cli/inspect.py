@@ -71,7 +71,7 @@ def inspect(
     checkpoint = open_checkpoint(ckpt)
     plan = plan_for(checkpoint)
     found = None if headers_only else scan(checkpoint, plan, options)
-    if plot and found:
+    if plot and found and found.weights:
         from ..plot import write_plot
 
         write_plot(found, plot)
@@ -79,8 +79,8 @@ def inspect(
         print_json("inspect", as_data(ckpt, checkpoint, plan, found))
     else:
         _show(console(), ckpt, checkpoint, plan, found, top)
-        if plot:
-            click.echo(f"\nplot: {plot}")
+        if plot and found:
+            click.echo(f"\nplot: {plot if found.weights else 'no FP8 weights, nothing to draw'}")
     if found and (found.as_inf or found.as_nan or found.nan or found.refusals):
         ctx.exit(FINDING)
 
@@ -237,4 +237,4 @@ def _name(weight: WeightCodes) -> str:
 
 def _some(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} modules: {', '.join(names[:most])}{more}"
+    return f"{len(names)} module{'' if len(names) == 1 else 's'}: {', '.join(names[:most])}{more}"

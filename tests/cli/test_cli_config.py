@@ -1,0 +1,126 @@
+"""``neuron-fp8 config``: what it prints is what the libraries take."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuron_fp8_loader import OptionError
+from neuron_fp8_loader.settings import settings_for
+from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
+from tests.support import TINY, shared
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization_type"),
+    [
+        ("ct_fp8_static", "per_tensor_symmetric"),
+        ("ct_fp8_dynamic", "per_channel_symmetric"),
+        ("ct_fp8_dynamic_moe", "per_channel_symmetric"),
+        ("hf_fp8_block", "per_channel_symmetric"),
+        ("ct_mxfp8", "per_channel_symmetric"),
+        ("derived_llama4_modelopt", "per_channel_symmetric"),
+        ("modelopt_fp8", "per_tensor_symmetric"),
+    ],
+)
+def test_quantization_type_follows_the_scales(name: str, quantization_type: str) -> None:
+    config = run_json("config", shared(name), code=0)["neuron_config"]
+    assert config["quantization_type"] == quantization_type
+    assert config["quantization_dtype"] == "f8e4m3"  # the one spelling that brings the compiler's flag
+    assert config["fp8_rescale"] is True
+    assert config["quantized_checkpoints_path"] == str(shared(name).resolve())
+
+
+def test_all_three_forms_say_the_same(tmp_path: Path) -> None:
+    modules = tmp_path / "modules.json"
+    args = ("config", TINY, "--tp", 8, "--method", "ratio", "--modules-file", modules)
+    text, data = run(*args).stdout, run_json(*args)
+    call = re.search(r"^NeuronConfig\(.*?^\)", text, re.S | re.M)
+    assert call
+    written = ast.parse(call[0], mode="eval").body
+    assert isinstance(written, ast.Call)
+    assert {k.arg: ast.literal_eval(k.value) for k in written.keywords} == data["neuron_config"]
+    vllm = shlex.split(text[text.index("vllm serve") : text.index("# inference_demo")].replace("\\\n", " "))
+    assert json.loads(vllm[vllm.index("--additional-config") + 1]) == data["additional_config"]
+    assert vllm[vllm.index("--tensor-parallel-size") + 1] == "8"
+    demo = shlex.split(text[text.index("python -c") : text.index("# scales")].replace("\\\n", " "))
+    assert demo[3:] == data["inference_demo"]
+    assert "fp8_rescale='ratio'" in demo[2]
+    compile(demo[2], "launch", "exec")
+    assert json.loads(modules.read_text())["modules_to_not_convert"] == data["neuron_config"]["modules_to_not_convert"]
+    assert data["environment"] == {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+    assert "export UNSAFE_FP8FNCAST=1" in text
+
+
+@pytest.mark.skipif(not os.environ.get("NXDI_SRC"), reason="NXDI_SRC is not set")
+def test_inference_demo_has_these_options() -> None:
+    package = Path(os.environ["NXDI_SRC"]) / "src" / "neuronx_distributed_inference"
+    known = set(re.findall(r'"(--[a-z-]+)"', (package / "inference_demo.py").read_text()))
+    arguments = run_json("config", TINY, "--tp", 2)["inference_demo"]
+    assert {a for a in arguments if a.startswith("--")} <= known
+
+
+@pytest.mark.skipif(not os.environ.get("NXDI_SRC"), reason="NXDI_SRC is not set")
+def test_neuron_config_takes_these_keywords() -> None:
+    package = Path(os.environ["NXDI_SRC"]) / "src" / "neuronx_distributed_inference"
+    known = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', (package / "models" / "config.py").read_text()))
+    config = run_json("config", TINY, "--tp", 2)["neuron_config"]
+    assert set(config) - known == {"fp8_rescale"}
+
+
+def test_the_launcher_hands_over_the_flag() -> None:
+    """Run the printed program with stand-ins for the two packages."""
+    text = run("config", TINY).stdout
+    program = shlex.split(text[text.index("python -c") : text.index("# scales")].replace("\\\n", " "))[2]
+    seen = {}
+
+    class Demo:
+        @staticmethod
+        def create_neuron_config(model: str, args: argparse.Namespace) -> None:
+            seen.update(vars(args))
+
+        @staticmethod
+        def main() -> None:
+            Demo.create_neuron_config("model", argparse.Namespace(quantized=True))
+
+    program = program.replace("from neuronx_distributed_inference import inference_demo as demo", "")
+    program = program.replace("neuron_fp8_loader.enable()", "")
+    exec(program, {"demo": Demo})
+    assert seen == {"quantized": True, "fp8_rescale": True}
+
+
+def test_blocks_and_fused_qkv_are_explained(tmp_path: Path) -> None:
+    block = {"m.weight": codes(0x7E, shape=(256, 256)), "m.weight_scale_inv": torch.ones(2, 2)}
+    assert "block scales (128x128)" in run("config", single(tmp_path / "b", block)).stdout
+    tensor = {"m.weight": codes(0x7E, shape=(256, 256)), "m.weight_scale": torch.ones(())}
+    assert "fused_qkv" in run("config", single(tmp_path / "t", tensor)).stdout
+
+
+def test_an_index_and_a_shard_lead_to_the_directory(tmp_path: Path) -> None:
+    path = sharded(tmp_path / "c", layer(0), layer(1))
+    for given in (path, path / "model.safetensors.index.json", path / "model-00001-of-00002.safetensors"):
+        assert run_json("config", given)["neuron_config"]["quantized_checkpoints_path"] == str(path)
+
+
+def test_no_fp8_is_a_finding(tmp_path: Path) -> None:
+    path = single(tmp_path / "c", {"m.weight": torch.ones(4, 4, dtype=torch.bfloat16)})
+    data = run_json("config", path, code=1)
+    assert data["neuron_config"] == {}
+    assert "no float8_e4m3fn weights" in run("config", path).stdout
+
+
+def test_wrong_use() -> None:
+    assert run("config", TINY, "--tp", 0).exit_code == 2
+    assert "no such file" in one_line(run("config", TINY / "nothing"))
+    with pytest.raises(OptionError):
+        settings_for(TINY, tp_degree=0)
+    with pytest.raises(OptionError):
+        settings_for(TINY, method="clamp")
