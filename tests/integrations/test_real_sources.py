@@ -1,4 +1,4 @@
-"""Runs real_cases.py and real_layouts.py where there are checkouts of NxD and NxD Inference (``NXD_SRC``, ``NXDI_SRC``)."""
+"""Runs real_cases.py and real_layouts.py where there are checkouts of NxD (``NXD_SRC``) and NxD Inference (``NXDI_SRC``)."""
 
 from __future__ import annotations
 
