@@ -113,7 +113,7 @@ def test_scales_that_nxdi_itself_refuses(tmp_path: Path, flavour: str) -> None:
     ids = torch.cat([H.prompt(config["vocab_size"]), torch.tensor([[5]])], 1)
     with torch.no_grad():
         reference = model(ids).logits[0, -2:].float()
-    assert (on - reference).abs().max() < (0.3 if flavour == "block" else 1e-3)
+    assert (on - reference).abs().max() < (0.15 if flavour == "block" else 1e-5)  # of 3; block scales are requantised
 
 
 @pytest.mark.parametrize("sharded", [False, True])
