@@ -22,7 +22,7 @@ from ..rescale import rescale_planned
 from .check import check_ready
 from .flag import FLAG, options_for, parse
 from .keys import nxd_names, reads_scale_inv, renamed
-from .neuron_config import find_plan
+from .neuron_config import find_plan, has_fp8
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -167,7 +167,7 @@ def save_quantized_state_dict(
     path = getattr(neuron_config, "quantized_checkpoints_path", None)
     if parse(getattr(neuron_config, FLAG, None)) is not None:
         plan = find_plan(path)
-        if plan is not None and (plan.pairs or plan.unscaled or plan.fnuz):
+        if plan is not None and has_fp8(plan):
             log.info("%s holds FP8 weights already: nothing is quantised, nothing written", path)
             return None
     return original(cls, model_path, config, *args, **kwargs)

@@ -74,11 +74,22 @@ def _is_vision(kind: type) -> bool:
 def _check_dtype(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("quantized_mlp_kernel_enabled") or kwargs.get("activation_quantization_type"):
         return  # NeuronConfig itself sets "f8e4m3"
-    if kwargs.get("quantization_dtype") == "f8e4m3fn":
-        raise OptionError(
-            'quantization_dtype="f8e4m3fn": NxD Inference passes the compiler flag for FP8 weights for "f8e4m3" only; '
-            f'with {FLAG} write quantization_dtype="f8e4m3"'
-        )
+    dtype, path = kwargs.get("quantization_dtype", "int8"), kwargs.get("quantized_checkpoints_path")
+    if dtype == "f8e4m3fn":
+        reason = 'NxD Inference passes the compiler flag for FP8 weights for "f8e4m3" only'
+    elif dtype != "f8e4m3" and _holds_fp8(path):
+        reason = f"{path} holds float8_e4m3fn weights, whose values would be cast"
+    else:
+        return
+    raise OptionError(f'quantization_dtype="{dtype}": {reason}; with {FLAG} write quantization_dtype="f8e4m3"')
+
+
+def _holds_fp8(path: Any) -> bool:
+    try:
+        plan = find_plan(path)
+    except Fp8LoaderError:
+        return False
+    return plan is not None and has_fp8(plan)
 
 
 def _settle_list(
@@ -92,7 +103,7 @@ def _settle_list(
         return
     if plan is None:
         return
-    if not draft and not (plan.pairs or plan.unscaled or plan.fnuz):
+    if not draft and not has_fp8(plan):
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", path, FLAG)
         return
     out = dequantized(plan, options)
@@ -115,6 +126,11 @@ def _settle_list(
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def has_fp8(plan: Plan) -> bool:
+    """Are there FP8 weights?"""
+    return bool(plan.pairs or plan.unscaled or plan.fnuz)
 
 
 def find_plan(path: Any) -> Plan | None:

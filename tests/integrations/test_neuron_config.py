@@ -208,6 +208,14 @@ class TestDtype:
         with pytest.raises(OptionError, match='write quantization_dtype="f8e4m3"'):
             enabled.config.NeuronConfig(**settings(str(tmp_path), quantization_dtype="f8e4m3fn"))
 
+    def test_nor_any_other_for_an_fp8_checkpoint(self, enabled: Standin, tmp_path: Path) -> None:
+        values = settings(write(tmp_path / "fp8", state_dict()))
+        del values["quantization_dtype"]  # NxD Inference takes int8 then, and casts the values
+        with pytest.raises(OptionError, match=r'"int8": .*write quantization_dtype="f8e4m3"'):
+            enabled.config.NeuronConfig(**values)
+        values["quantized_checkpoints_path"] = write(tmp_path / "plain", state_dict(plain=("proj",)))
+        enabled.config.NeuronConfig(**values)
+
     @pytest.mark.parametrize(
         "more",
         [{"quantized": False}, {"activation_quantization_type": "dynamic"}, {"quantized_mlp_kernel_enabled": True}],

@@ -101,6 +101,18 @@ def test_a_child_loaded_through_its_parent() -> None:
     assert as_it_is(model, original, "head.")
 
 
+def test_only_what_is_below_the_module_is_looked_at() -> None:
+    # some frameworks pass every module the whole state dict
+    model = Model()
+    original = gpu_state_dict(model)
+    del original["head.weight_scale"]
+    given = dict(original)
+    with rescale_on_load(model.layers[1].up):
+        model.layers[1].up._load_from_state_dict(given, "layers.1.up.", {}, True, [], [], [])
+    assert loaded_exactly(model, original, "layers.1.up.")
+    assert given["head.weight"] is original["head.weight"]
+
+
 def test_a_child_loaded_by_itself() -> None:
     model = Model()
     original = gpu_state_dict(model.layers[0])
