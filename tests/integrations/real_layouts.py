@@ -18,7 +18,9 @@ from tests.support import e4m3fn, raw, shared
 
 REAL = [
     "hf_fp8_block",
+    "derived_split_shards",
     "ct_fp8_block",
+    "ct_fp8_static_kv",
     "ct_mxfp8",
     "modelopt_fp8",
     "modelopt_fp8_pb_wo",
@@ -84,7 +86,7 @@ def close(on: torch.Tensor, expected: torch.Tensor, *, requantised: bool) -> Non
 def test_real_checkpoints(tmp_path: Path, name: str, fused: bool) -> None:
     path = shutil.copytree(shared(name), tmp_path / name)
     over: dict[str, Any] = {"quantization_type": "per_channel_symmetric", "fused_qkv": fused, **ON}
-    requantised = "block" in name or name.endswith("pb_wo")
+    requantised = "block" in name or name in ("modelopt_fp8_pb_wo", "derived_split_shards")
     close(logits(path, ieee=True, **over), reference(path), requantised=requantised)
 
 
