@@ -227,15 +227,13 @@ def test_a_changed_original_is_not_resumed(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(kernel.active != kernel.paths()[0], reason="tested with the fastest kernel path")
 def test_sigint_to_the_process(tmp_path: Path) -> None:
-    """The real signal, to a process that is writing a shard of 64 MB as slowly as it can be made to."""
-    name = "model.layers.0.mlp.up_proj.weight"
-    many = {f"{name[:-7]}{i}.weight": codes(0x7E, shape=(1024, 1024)) for i in range(64)}
-    many |= {f"{weight}_scale": torch.ones(1) for weight in list(many)}
+    """The real signal, to a process that takes its time over the second of two shards."""
+    many = {name: tensor for number in range(1, 200) for name, tensor in layer(number).items()}
     path, out = sharded(tmp_path / "c", layer(0), many), tmp_path / "out"
     program = (
         "import time, neuron_fp8_loader.parts as p\n"
         "load = p.Parts.load\n"
-        "p.batches.__defaults__ = (1 << 20,)\n"
+        "p.batches.__defaults__ = (600,)\n"
         "p.Parts.load = lambda self, infos: (time.sleep(0.05), load(self, infos))[1]\n"
         "from neuron_fp8_loader.cli import main\n"
         "main(prog_name='neuron-fp8')\n"
