@@ -3,6 +3,9 @@
 from . import conventions, kernel
 from .errors import CheckpointError, Fp8LoaderError, OptionError, PlanError, ScaleError, WeightError
 from .formats import neuron_view
+from .integrations.model_builder import wrap_checkpoint_loader
+from .integrations.nxdi import disable, enable
+from .integrations.torch_module import rescale_on_load
 from .lazy import safe_open
 from .loader import LoadedCheckpoint, load_checkpoint, load_file, load_state_dict
 from .options import Options
@@ -24,12 +27,16 @@ __all__ = [
     "ScaleError",
     "WeightError",
     "conventions",
+    "disable",
+    "enable",
     "kernel",
     "load_checkpoint",
     "load_file",
     "load_state_dict",
     "neuron_view",
     "plan_checkpoint",
+    "rescale_on_load",
     "rescale_state_dict",
     "safe_open",
+    "wrap_checkpoint_loader",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import safetensors
 import torch
 
 from .errors import CheckpointError, listing
+from .formats import E4M3FN, E4M3FNUZ
 
 _INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEXES = tuple(name + _INDEX_SUFFIX for name in _SINGLE)
 _BIN = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ext>\.safetensors|\.bin)$")
+
+_LONGEST_HEADER = 100_000_000  # safetensors refuses longer ones
 
 # safetensors' names of dtypes -> (torch's name, bits an element)
 _DTYPES: dict[str, tuple[str, int]] = {
@@ -74,6 +79,7 @@ class Checkpoint:
     """The files of a checkpoint and the headers of all its tensors, in the order of the files.
 
     ``selected`` is a subset of ``files`` when the path named one shard: the others are there for pairing only.
+    ``digests`` are of the headers of ``files``, in which the same ones mean the same tensors at the same places.
     """
 
     path: Path
@@ -82,6 +88,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     index: Path | None = None
+    digests: tuple[bytes, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -110,6 +117,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     index, files = _find(path)
+    if len({file.suffix for file in files}) > 1:
+        raise CheckpointError(f"{index}: lists files of several formats; expected .safetensors or .bin throughout")
     selected = (
         frozenset([path]) if path.is_file() and path.name.endswith((".safetensors", ".bin")) else frozenset(files)
     )
@@ -119,8 +128,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
+    digests: list[bytes] = []
     for file in files:
-        infos, meta = _headers(file)
+        infos, meta, digest = _headers(file)
+        digests.append(digest)
         if file in selected:
             metadata.update(meta)
         for info in infos:
@@ -131,7 +142,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         problems += _compare(weight_map, tensors)
     if problems:
         raise CheckpointError(f"{index or path}: the shards do not fit together, {listing('problem', problems)}")
-    return Checkpoint(path, tuple(files), selected, tensors, metadata, index)
+    return Checkpoint(path, tuple(files), selected, tensors, metadata, index, tuple(digests))
 
 
 def _find(path: Path) -> tuple[Path | None, list[Path]]:
@@ -139,7 +150,7 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
     if path.is_dir():
         for single in _SINGLE:
             if (path / single).is_file():
-                return None, [path / single]
+                return _own_index(path / single), [path / single]
         index = _index_in(path)
         if index:
             return index, _listed(index)
@@ -163,8 +174,18 @@ def _find(path: Path) -> tuple[Path | None, list[Path]]:
     return None, [path]
 
 
+def _own_index(file: Path) -> Path | None:
+    """The index of a checkpoint of one file; one that lists shards is left over from another form of it."""
+    index = file.with_name(file.name + _INDEX_SUFFIX)
+    return index if index.is_file() and set(_read_index(index).values()) == {file.name} else None
+
+
 def _index_in(directory: Path) -> Path | None:
-    found = sorted(directory.glob("*.safetensors" + _INDEX_SUFFIX)) or sorted(directory.glob("*.bin" + _INDEX_SUFFIX))
+    found = sorted(directory.glob("*.safetensors" + _INDEX_SUFFIX))
+    if not any(
+        directory.glob("*.safetensors")
+    ):  # else an index of .bin files is left over: they are often not fetched
+        found = found or sorted(directory.glob("*.bin" + _INDEX_SUFFIX))
     named = [index for index in found if index.name in _INDEXES]
     choice = named or found
     if len(choice) > 1:
@@ -209,7 +230,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _listed(index: Path) -> list[Path]:
-    files = sorted({index.parent / name for name in _read_index(index).values()})
+    files = sorted(index.parent / name for name in set(_read_index(index).values()))
     if not files:
         raise CheckpointError(f"{index}: lists no tensors")
     return files
@@ -233,7 +254,7 @@ def _compare(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -
         info = tensors.get(name)
         if info is None:
             problems.append(f"the index places {name} in {file}, which does not hold it")
-        elif _name(info.file) != Path(file).name:
+        elif _name(info.file) != file.rpartition("/")[2]:
             problems.append(f"the index places {name} in {file}; it is in {_name(info.file)}")
     problems += [f"{n} is in {_name(i.file)} but not in the index" for n, i in tensors.items() if n not in weight_map]
     return problems
@@ -243,11 +264,22 @@ def _name(file: Path | None) -> str:
     return file.name if file else "memory"
 
 
-def _headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
-    return _bin_headers(file) if file.suffix == ".bin" else _safetensors_headers(file)
+def _headers(file: Path) -> tuple[list[TensorInfo], dict[str, str], bytes]:
+    """The tensors and the metadata of a file, and a digest that is another once its header has changed."""
+    if file.suffix == ".bin":
+        return _bin_headers(file), {}, b""
+    try:
+        with open(file, "rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            header = raw.read(min(int.from_bytes(raw.read(8), "little"), _LONGEST_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(header + size.to_bytes(8, "little")).digest()
+    return *_safetensors_headers(file, digest), digest
 
 
-def _safetensors_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+@lru_cache(maxsize=1024)  # shards loaded one by one look at the headers of all their siblings each time
+def _safetensors_headers(file: Path, _digest: bytes) -> tuple[list[TensorInfo], dict[str, str]]:
     try:
         with open(file, "rb") as raw:
             position = 8 + int.from_bytes(raw.read(8), "little")
@@ -263,6 +295,8 @@ def _safetensors_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
                     shape = (*shape[:-1], shape[-1] // 2)
                 infos.append(TensorInfo(name, dtype, shape, nbytes, file, position))
                 position += nbytes
+            # the parser's order of empty tensors, which all begin where the next one does, is another in every run
+            infos.sort(key=lambda info: (info.offset, info.nbytes > 0, info.name))
             metadata = dict(handle.metadata() or {})
     except KeyError as error:
         raise CheckpointError(f"{file}: unknown dtype {error} in the header; a newer version may know it") from error
@@ -289,15 +323,27 @@ def load_bin(file: Path, *, device: str = "cpu") -> dict[str, Any]:
                 raise
             loaded = torch.load(file, map_location=device, weights_only=True)  # written before torch 1.6
     except Exception as error:
-        raise CheckpointError(f"{file}: torch.load(weights_only=True) cannot read it: {error}") from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "WeightsUnpickler" in line), lines[0])  # not the advice
+        raise CheckpointError(
+            f"{file}: not a file of plain tensors, which is all that torch.load(weights_only=True) reads: {reason}\n"
+            "Tensor subclasses (older torchao checkpoints) can be saved flattened, as safetensors, by their producer."
+        ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded)
 
 
-def _bin_headers(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+def _bin_headers(file: Path) -> list[TensorInfo]:
     loaded = load_bin(file, device="meta")
-    return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)], {}
+    for name, value in loaded.items():
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if any(isinstance(t, torch.Tensor) and t.dtype in (E4M3FN, E4M3FNUZ) for t in inner):
+            raise CheckpointError(
+                f"{file}: {name!r} is a {type(value).__name__} with FP8 tensors inside, not a tensor; save the state "
+                "dict itself"
+            )
+    return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)]
 
 
 def describe(name: str, tensor: torch.Tensor, file: Path | None = None) -> TensorInfo:

@@ -80,7 +80,10 @@ def _half() -> Table:
 def _ratio() -> Table:
     # as the recipe in Neuron's README computes it: a bf16 division, then the cast
     codes = _all_bytes().view(E4M3FN)
-    return _table("ratio", GPU_MAX / NEURON_MAX, E4M3FN, (codes.bfloat16() / (GPU_MAX / NEURON_MAX)).to(E4M3FN))
+    rescaled = (codes.bfloat16() / (GPU_MAX / NEURON_MAX)).to(E4M3FN)
+    # the sign that a NaN has after bf16 arithmetic differs between CPUs: NaN bytes stay themselves
+    out = torch.where((_all_bytes() & 0x7F) == NAN_CODE, _all_bytes(), rescaled.view(torch.uint8))
+    return _table("ratio", GPU_MAX / NEURON_MAX, E4M3FN, out.view(E4M3FN))
 
 
 def _fnuz() -> Table:

@@ -1,9 +1,14 @@
-"""How much of a weight one scale value covers, told from the two shapes."""
+"""How much of a weight one scale value covers, told from the two shapes.
+
+Where the shapes leave it open the answer is "unknown": a constant factor needs no granularity, and whoever does (to
+verify, to change the layout of scales) is better off without a guess.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 Shape = tuple[int, ...]
 
@@ -14,66 +19,109 @@ class Granularity:
 
     Attributes:
         kind: ``"tensor"``, ``"row"`` (output row), ``"column"``, ``"block"`` or ``"unknown"``.
-        block: (rows, columns) of a block; MX groups are (1, 32).
+        block: (rows, columns) of a block; MX groups are (1, 32), or (32, 32). The last block may be cut short.
         experts: does a leading expert dimension of the weight have scales of its own?
+        mx: is it a block of an OCP microscaling format, with an e8m0 scale?
+        transposed: the scale is stored as [..., columns, 1], so it does not broadcast over its weight.
     """
 
     kind: str
     block: tuple[int, int] | None = None
     experts: bool = False
+    mx: bool = False
+    transposed: bool = False
 
     def __str__(self) -> str:
-        size = f" {self.block[0]}x{self.block[1]}" if self.block else ""
-        name = f"{self.kind}{size}"
+        name = f"{self.kind} {self.block[0]}x{self.block[1]}" if self.block else self.kind
+        if self.mx:
+            name = name.replace("block", "MX group")
+        if self.transposed:
+            name += " (scale stored transposed)"
         if not self.experts:
             return name
         return "expert" if self.kind == "tensor" else f"expert {name}"
 
 
-def granularity(weight: Shape, scale: Shape, declared_block: tuple[int, int] | None = None) -> Granularity:
+TENSOR, ROW, COLUMN, UNKNOWN = Granularity("tensor"), Granularity("row"), Granularity("column"), Granularity("unknown")
+
+
+@lru_cache(maxsize=4096)
+def granularity(
+    weight: Shape,
+    scale: Shape,
+    declared_block: tuple[int, int] | None = None,
+    *,
+    e8m0: bool = False,
+    fused_qkv: bool = False,
+    maybe_transposed: bool = False,
+) -> Granularity:
     """Tell the granularity of a weight of shape [..., rows, columns] from its scale's shape.
 
-    ``declared_block`` is the checkpoint's own word on block size; without it (or where it does not fit) the size
-    is inferred, a ragged last block included, preferring powers of two.
+    Args:
+        weight, scale: the shapes.
+        declared_block: the checkpoint's own word on the size of a block. Without it only powers of two are
+            considered, the one size among those that are in use.
+        e8m0: the scale is e8m0: blocks with 32 columns are MX groups.
+        fused_qkv: the weight is a fused qkv projection. Its blocks may have been cut within each of several chunks
+            (MiMo-V2), which shows in the shapes only if the rows are a multiple of the block.
+        maybe_transposed: its convention stores some scales as [experts, columns, 1] (FBGEMM Llama 4).
     """
     if math.prod(scale) == 1:
-        return Granularity("tensor")
-    if len(weight) < 2:
-        return Granularity("row") if scale == weight else Granularity("unknown")
-    *stack, rows, columns = weight
-    if len(scale) == 4 and len(weight) == 2 and scale[1] == scale[3] == 1:  # ModelOpt: [rows/b, 1, columns/b, 1]
-        scale = (scale[0], scale[2])
-    if len(weight) == 3 and len(scale) >= 1 and scale[0] == stack[0]:
-        rest = scale[1:]
+        return TENSOR
+    if not weight or not scale:
+        return UNKNOWN
+    rest = scale[1:]
+    if len(weight) == 1:
+        return ROW if scale == weight else UNKNOWN
+    if len(weight) > 3:  # convolutions: rows and columns are not what the last two dimensions are
+        return UNKNOWN
+    if len(weight) == 3:
+        if scale[0] != weight[0]:
+            return UNKNOWN
         if math.prod(rest) == 1:
-            return Granularity("tensor", experts=True)
-        inner = _matrix(rows, columns, rest, declared_block)
-        return Granularity(inner.kind, inner.block, experts=True)
-    return _matrix(rows, columns, scale, declared_block) if len(weight) == 2 else Granularity("unknown")
+            return replace(TENSOR, experts=True)
+        found = _stacked(weight[1], weight[2], rest, declared_block, e8m0, maybe_transposed)
+    else:
+        found = _matrix(weight[0], weight[1], scale, declared_block, e8m0)
+    if fused_qkv and found.block and weight[-2] % found.block[0]:
+        return UNKNOWN
+    return replace(found, experts=len(weight) == 3) if found is not UNKNOWN else UNKNOWN
 
 
-def _matrix(rows: int, columns: int, scale: Shape, declared: tuple[int, int] | None) -> Granularity:
-    if scale in ((rows,), (rows, 1)):
-        return Granularity("row")
+def _stacked(
+    rows: int, columns: int, scale: Shape, declared: tuple[int, int] | None, e8m0: bool, maybe_transposed: bool
+) -> Granularity:
+    """One expert of a stack, whose weights may be [out, in] or [in, out]."""
+    if len(scale) == 1 and rows == columns:
+        return UNKNOWN
+    if maybe_transposed and scale == (columns, 1):
+        return replace(COLUMN, transposed=True) if rows != columns else UNKNOWN
+    return _matrix(rows, columns, scale, declared, e8m0)
+
+
+def _matrix(rows: int, columns: int, scale: Shape, declared: tuple[int, int] | None, e8m0: bool) -> Granularity:
+    if len(scale) == 4 and scale[1] == scale[3] == 1:  # ModelOpt: [row blocks, 1, column blocks, 1]
+        scale = (scale[0], scale[2])
+    if scale in ((rows,), (rows, 1)):  # one dimension: ModelOpt and Quark, per output row
+        return ROW
     if scale == (1, columns):
-        return Granularity("column")
-    if len(scale) != 2:
-        return Granularity("unknown")
-    if declared and scale == tuple(math.ceil(n / b) for n, b in zip((rows, columns), declared, strict=True)):
-        return Granularity("block", declared)
-    block = (_block(rows, scale[0]), _block(columns, scale[1]))
-    return Granularity("block", (block[0], block[1])) if block[0] and block[1] else Granularity("unknown")
+        return COLUMN
+    if len(scale) != 2 or 0 in scale or 0 in (rows, columns):
+        return UNKNOWN
+    block = declared
+    if block is None or scale != (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
+        # a declared size that does not fit may be another tensor's (mixed checkpoints), so only whole blocks count
+        block = (_block(rows, scale[0], ragged=declared is None), _block(columns, scale[1], ragged=declared is None))
+    if 0 in block:
+        return UNKNOWN
+    return Granularity("block", block, mx=e8m0 and block[1] == 32)
 
 
-def _block(size: int, grid: int) -> int:
-    """The likeliest block size that cuts ``size`` into ``grid`` pieces; 0 if none does."""
-    if grid == size:
-        return 1
+def _block(size: int, grid: int, *, ragged: bool) -> int:
+    """The power of two that cuts ``size`` into ``grid`` pieces, the last one cut short if ``ragged``; 0: none."""
     if grid == 1:
-        # one block: any size from `size` up will do, and the usual one says most
-        return 128 if size <= 128 else size
-    for block in (128, 32, 64, 16, 256, 512):
-        if math.ceil(size / block) == grid:
+        return 128 if size <= 128 else size  # a larger block would cover the same, and 128 is the usual one
+    for block in (1, 16, 32, 64, 128, 256, 512):
+        if math.ceil(size / block) == grid and (ragged or size % block == 0):
             return block
-    block = math.ceil(size / grid) if grid > 0 else 0
-    return block if block and math.ceil(size / block) == grid else 0
+    return 0

@@ -34,7 +34,8 @@ class safe_open:
         **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework. Reading raises
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout`` or
+            ``dequantize``. Reading raises
         WeightError and ScaleError as ``load_file`` does, for the slice at hand.
     """
 
@@ -50,6 +51,8 @@ class safe_open:
         if not Path(filename).is_file() or Path(filename).suffix != ".safetensors":
             raise CheckpointError(f"{filename}: no such .safetensors file; safe_open takes one file")
         self._options = Options.of(options)
+        if self._options.layout != "keep" or self._options.dequantize:
+            raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
         self.plan: Plan = plan_for(open_checkpoint(filename))
         self._device = device
         self._weights = self.plan.scale_of
@@ -85,7 +88,12 @@ class safe_open:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, converted."""
-        return self._ready(name, self._file.get_tensor(name))
+        with torch.device("cpu"):  # safetensors obeys a default device, and may run inside `torch.device("meta")`
+            return self._ready(name, self._file.get_tensor(name))
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file, converted, in the order of their data."""
+        return {name: self.get_tensor(name) for name in self.offset_keys()}
 
     def get_slice(self, name: str) -> Slice:
         """A lazy tensor: index it for the converted values of a part."""
@@ -130,7 +138,8 @@ class Slice:
         return str(self._part.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._owner._ready(self._name, self._part[index])
+        with torch.device("cpu"):  # as in get_tensor
+            return self._owner._ready(self._name, self._part[index])
 
 
 def _count(part: torch.Tensor) -> Counts:

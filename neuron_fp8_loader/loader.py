@@ -13,13 +13,22 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, listing
 from .formats import E4M3FN, FNUZ, HALF
+from .layout import check_layout, plan_layout
 from .options import Options
 from .plan import Plan, plan_for
 from .reader import Decision, WeightJob, find_overflow, read
 from .report import Report
-from .rescale import check_weights, dequantized, make_report, new_scales, rescale_planned
+from .rescale import (
+    check_weights,
+    dequantized,
+    finish_layout,
+    make_report,
+    new_scales,
+    requantised_overflow,
+    rescale_planned,
+)
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -57,17 +66,20 @@ def load_state_dict(path: str | os.PathLike[str], **options: Any) -> dict[str, t
     return load_checkpoint(path, **options).state_dict
 
 
-def load_file(path: str | os.PathLike[str], **options: Any) -> dict[str, torch.Tensor]:
+def load_file(
+    path: str | os.PathLike[str], device: str | int | torch.device = "cpu", **options: Any
+) -> dict[str, torch.Tensor]:
     """Drop-in for ``safetensors.torch.load_file``: the tensors of one shard, Neuron-ready.
 
     A pair may reach into a sibling shard, found through the index beside it; what is decided there (does the weight
     fit?) is decided as for the whole checkpoint, so shards loaded one by one go together.
 
-    Args, Returns, Raises: as ``load_state_dict``, for one file.
+    Args, Returns, Raises: as ``load_state_dict``, for one file; ``device`` is where the tensors go once rescaled.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; load_file takes one .safetensors file")
-    return load_checkpoint(path, **options).state_dict
+    loaded = load_checkpoint(path, **options).state_dict
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
 def load_checkpoint(path: str | os.PathLike[str], **options: Any) -> LoadedCheckpoint:
@@ -89,12 +101,17 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     infos = checkpoint.selected_tensors()
     names = {info.name for info in infos}
     threads, table = options.thread_count(), options.table
+    layout = plan_layout(plan, options)
+    _check_together(plan, names, options)
     _check_unscaled_first(plan, names, options)
 
     jobs = {name: WeightJob(HALF) for name in plan.unscaled}
     jobs |= {name: WeightJob(FNUZ, Decision(convert=True)) for name in plan.fnuz}
     decisions: dict[str, Decision] = {}  # by scale
     for group in plan.groups:
+        if group[0].weight in layout.raw:
+            jobs |= {pair.weight: WeightJob(HALF) for pair in group}
+            continue
         decision = Decision(convert=options.always)
         decisions[group[0].scale] = decision
         jobs |= {pair.weight: WeightJob(table, decision) for pair in group}
@@ -108,11 +125,25 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     tensors, counts = read(infos, here, threads, options.progress)
     check_weights(plan, counts, options)
     convert = {scale for scale, decision in decisions.items() if decision.convert}
-    scales = new_scales(plan, tensors, convert, bool(convert) or _others_convert(plan, names, options), options)
+    any_converted = bool(convert) or requantised_overflow(layout, counts) or _others_convert(plan, names, options)
+    scales = new_scales(plan, tensors, convert, any_converted, options)
+    check_layout(layout, plan, tensors)
     weights = {name for name in here if plan.scale_of.get(name) in convert}
     report = make_report(plan, options, tensors, counts, weights, scales)
     tensors |= scales | {name: tensors[name].view(E4M3FN) for name in plan.fnuz if name in names}
-    return tensors | dequantized(plan, tensors, options), report
+    tensors |= dequantized(plan, tensors, options)
+    return finish_layout(layout, tensors, report, inplace=True), report
+
+
+def _check_together(plan: Plan, names: Collection[str], options: Options) -> None:
+    if options.layout == "keep" and not options.dequantize:
+        return
+    apart = [f"{p.weight} / {p.scale}" for p in plan.pairs if (p.weight in names) != (p.scale in names)]
+    if apart:
+        raise CheckpointError(
+            f"{plan.source}: layout and dequantize need a weight and its scale together; load the directory instead "
+            f"of one shard, {listing('pair', apart)} in different shards"
+        )
 
 
 def _check_unscaled_first(plan: Plan, names: Collection[str], options: Options) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "nan": ("error", "keep"),
     "unscaled": ("error", "dequantize", "keep"),
     "activation_scales": ("rescale", "keep"),
+    "layout": ("keep", "per_channel", "per_tensor"),
 }
 
 
@@ -33,6 +34,10 @@ class Options:
             unscaled weights as bfloat16 (exact), ``"keep"`` as they are.
         activation_scales: static activation and KV cache scales, calibrated for +-448: ``"rescale"`` multiplies all
             of them by the method's factor if any weight was rescaled, ``"keep"`` leaves them.
+        layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
+            are requantised, see ``requantise``), ``"per_tensor"`` [1].
+        dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
+            scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
         progress: show a progress bar; default: on a terminal, for loads that last.
     """
@@ -42,6 +47,8 @@ class Options:
     nan: str = "error"
     unscaled: str = "error"
     activation_scales: str = "rescale"
+    layout: str = "keep"
+    dequantize: str | Sequence[str] = ()
     threads: int | None = None
     progress: bool | None = None
 
@@ -49,6 +56,10 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, choices))}")
+        patterns = (self.dequantize,) if isinstance(self.dequantize, str) else self.dequantize
+        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+            raise OptionError(f"dequantize={self.dequantize!r}: expected module names or patterns, as a list")
+        object.__setattr__(self, "dequantize", tuple(patterns))
         if not isinstance(self.always, bool):
             raise OptionError(f"always={self.always!r}: expected True or False")
         threads = self.threads
@@ -76,7 +87,7 @@ class Options:
             return self.threads
         text = os.environ.get(THREADS_ENV, "").strip()
         if text:
-            if not text.isdigit() or int(text) < 1:
+            if not text.isdecimal() or int(text) < 1:
                 raise OptionError(f"{THREADS_ENV}={text}: expected a whole number from 1 up")
             return int(text)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,12 @@ E8M0 = "float8_e8m0fnu"
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float64", E8M0, "uint8")
 """dtypes that a scale may have; uint8 beside an e4m3fn weight is e8m0 (MXFP8)."""
 
-_PLAIN = ("bfloat16", "float16", "float32", "float64")
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_WEIGHT_ENDINGS = (
+    ".weight", "", "_weight", "._weight_qdata", ".weight._data",
+    ".weight_packed", "_packed", "_blocks", ".qweight", "_qweight",
+)  # fmt: skip
+"""What a module's weight may be called: FP8 ones, and those of the formats that are left alone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Plan:
         unscaled: e4m3fn weights without a scale.
         fnuz: float8_e4m3fnuz weights, which have a table of their own and need no change of scale.
         activation_scales: what ``activation_scales="rescale"`` would multiply.
-        untouched_fp8: e4m3fn tensors that are no weights: scales of NVFP4 weights, markers.
+        untouched_fp8: FP8 tensors that are no weights: scales of NVFP4 weights, markers.
         unquantized: modules whose weight is bf16, fp16 or fp32 and at least two-dimensional.
         declared: what the config files say.
         warnings: where config and tensors disagree.
@@ -97,13 +102,15 @@ class Plan:
         total = sum(info.nbytes for info in self.tensors.values())
         lines = [f"{len(self.tensors)} tensors, {size(total)}, {len(files)} file{'s' if len(files) != 1 else ''}"]
         if self.declared.method:
-            lines.append(f"declared: {self.declared.method} ({self.declared.source})")
+            block = self.declared.block
+            blocks = f", blocks of {block[0]}x{block[1]}" if block else ""
+            lines.append(f"declared: {self.declared.method}{blocks} ({self.declared.source})")
         lines += [f"{count} FP8 weights: {kind}" for kind, count in sorted(kinds.items(), key=lambda k: -k[1])]
         for names, what in (
             (self.unscaled, "FP8 weights without a scale"),
             (self.fnuz, "float8_e4m3fnuz weights"),
             (self.activation_scales, "static activation and KV scales"),
-            (self.untouched_fp8, "e4m3fn tensors that are no weights, left alone"),
+            (self.untouched_fp8, "FP8 tensors that are no weights, left alone"),
             (self.unquantized, "modules left unquantised"),
         ):
             if names:
@@ -164,7 +171,20 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
 def plan_for(checkpoint: Checkpoint) -> Plan:
     """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
     declared = read_declared(checkpoint.directory, checkpoint.metadata)
-    return make_plan(checkpoint.tensors, str(checkpoint.path), declared)
+    source = str(checkpoint.path)
+    if len(checkpoint.files) == 1 or checkpoint.is_bin:
+        return make_plan(checkpoint.tensors, source, declared)
+    # shards loaded one by one are planned as a whole each time: keep the plan while nothing changes
+    key = (checkpoint.files, checkpoint.digests, declared, conventions.conventions())
+    global _last
+    last_key, plan = _last
+    if plan is None or last_key != key:
+        plan = make_plan(checkpoint.tensors, source, declared)
+        _last = key, plan
+    return replace(plan, source=source)
+
+
+_last: tuple[object, Plan | None] = None, None
 
 
 def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared | None = None) -> Plan:
@@ -176,12 +196,13 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     fnuz: list[str] = []
     untouched: list[str] = []
     for name, info in tensors.items():
-        if info.dtype == FNUZ:
+        if info.dtype not in (FP8, FNUZ):
+            continue
+        if conventions.is_marker(name, info.shape) or _is_packed_scale(name, tensors):
+            untouched.append(name)
+        elif info.dtype == FNUZ:
             fnuz.append(name)
-        elif info.dtype == FP8:
-            if conventions.is_marker(name, info.shape) or _is_packed_scale(name, tensors):
-                untouched.append(name)
-                continue
+        else:
             found = conventions.candidates(name, tensors)
             if not found:
                 unscaled.append(name)
@@ -196,8 +217,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 dtype = tensors[scale].dtype
                 if dtype not in SCALE_DTYPES:
                     problems.append(f"{name}: its scale {scale} is {dtype}; expected one of {', '.join(SCALE_DTYPES)}")
-                shapes = (info.shape, tensors[scale].shape)
-                pairs.append(Pair(name, scale, rule.name, granularity(*shapes, declared.block)))
+                pairs.append(Pair(name, scale, rule.name, _granularity(info, tensors[scale], rule.name, declared)))
     if problems:
         raise PlanError(source, problems)
     weights = {pair.weight for pair in pairs} | set(fnuz) | set(unscaled)
@@ -211,14 +231,25 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),
         declared=declared,
-        warnings=tuple(_disagreements(declared, bool(weights))),
+        warnings=(*declared.remarks, *_disagreements(declared, bool(weights))),
+    )
+
+
+def _granularity(weight: TensorInfo, scale: TensorInfo, convention: str, declared: Declared) -> Granularity:
+    return granularity(
+        weight.shape,
+        scale.shape,
+        declared.block,
+        e8m0=scale.dtype in (E8M0, "uint8"),
+        fused_qkv="qkv" in weight.name,
+        maybe_transposed=convention == "fused_scale",
     )
 
 
 def _is_packed_scale(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Is this e4m3fn tensor the scale of a packed (uint8, int8, int32) weight, as in NVFP4?"""
     return any(
-        owner in tensors and tensors[owner].dtype in ("uint8", "int8", "int32", "float4_e2m1fn_x2")
+        owner in tensors and tensors[owner].dtype in conventions.PACKED_DTYPES
         for owner in conventions.packed_owners(name)
     )
 
@@ -229,7 +260,9 @@ def _activation_scales(tensors: Mapping[str, TensorInfo], pairs: list[Pair]) -> 
     weights, scales = {p.weight for p in pairs}, {p.scale for p in pairs}
     found = []
     for name, info in tensors.items():
-        match = None if name in scales or info.dtype not in SCALE_DTYPES[:4] else conventions.activation_rule(name)
+        if name in scales or info.dtype not in _FLOATS:
+            continue
+        match = conventions.activation_rule(name)
         if match is None:
             continue
         rule, module = match
@@ -237,14 +270,15 @@ def _activation_scales(tensors: Mapping[str, TensorInfo], pairs: list[Pair]) -> 
             continue
         if name.endswith("_proj.output_scale") and f"{name.removesuffix('.output_scale')}.weight._data" in tensors:
             continue  # optimum-quanto: the linear's own output, always present, not the KV cache
-        found.append(ActivationScale(name, rule.name, rule.reciprocal))
+        partner = conventions.partner_of(rule, name) if info.numel > 1 else None
+        if partner is None or partner in tensors:
+            found.append(ActivationScale(name, rule.kind, rule.reciprocal))
     return found
 
 
 def _is_fp8_module(module: str, tensors: Mapping[str, TensorInfo], weights: set[str]) -> bool:
     """Is the module's weight FP8? A module without a weight of its own (stacked experts) gets the benefit."""
-    names = (f"{module}.weight", module, f"{module}._weight_qdata", f"{module}.weight._data")
-    there = [name for name in (*names, f"{module}.weight_packed", f"{module}.qweight") if name in tensors]
+    there = [name for ending in _WEIGHT_ENDINGS if (name := module + ending) in tensors]
     return not there or any(name in weights for name in there)
 
 
@@ -252,7 +286,7 @@ def _unquantized(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return [
         name.removesuffix(".weight")
         for name, info in tensors.items()
-        if name.endswith(".weight") and info.dtype in _PLAIN and len(info.shape) >= 2
+        if name.endswith(".weight") and info.dtype in _FLOATS and len(info.shape) >= 2
     ]
 
 

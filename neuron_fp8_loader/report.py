@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,7 +30,8 @@ class Report:
         tensors, nbytes: all that was read, or looked at in memory.
         weights: one entry an FP8 weight.
         activation_scales: how many static activation and KV scales were rescaled.
-        dequantized: unscaled weights returned as bfloat16.
+        dequantized: weights returned as bfloat16.
+        requantized: weights moved from block to row scales, with their SQNR against the checkpoint in dB.
         seconds: wall clock time, planning included.
         kernel, threads: what did it.
     """
@@ -41,6 +43,7 @@ class Report:
     weights: list[WeightReport] = field(default_factory=list)
     activation_scales: int = 0
     dequantized: list[str] = field(default_factory=list)
+    requantized: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     kernel: str = ""
     threads: int = 1
@@ -79,9 +82,18 @@ class Report:
         if self.activation_scales:
             parts.append(f"{self.activation_scales} activation scales rescaled")
         if self.dequantized:
-            parts.append(f"{len(self.dequantized)} unscaled weights dequantised")
+            parts.append(f"{len(self.dequantized)} weights dequantised")
+        if self.requantized:
+            parts.append(f"{len(self.requantized)} block -> row, {self._sqnr()}")
         speed = f"{size(self.nbytes)} in {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"
         return f"{', '.join(parts)}; {speed} ({self.kernel}, {self.threads} threads)"
+
+    def _sqnr(self) -> str:
+        worst = min(self.requantized.values())
+        if math.isinf(worst):
+            return "exact"
+        finite = [value for value in self.requantized.values() if math.isfinite(value)]
+        return f"SQNR worst {worst:.1f} dB, mean {sum(finite) / len(finite):.1f} dB"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -89,4 +101,6 @@ class Report:
         data["weights"] = [
             {"name": w.name, "numel": w.numel, "rescaled": w.rescaled, **w.counts._asdict()} for w in self.weights
         ]
+        # JSON has no infinity: null is "exact"
+        data["requantized"] = {n: v if math.isfinite(v) else None for n, v in self.requantized.items()}
         return {**data, "gb_per_s": self.gb_per_s}

@@ -11,16 +11,17 @@ import torch
 
 from . import kernel
 from .checkpoint import describe
-from .errors import ScaleError, WeightError, listing
-from .formats import E4M3FN, FNUZ, HALF, Table
+from .errors import OptionError, ScaleError, WeightError, listing
+from .formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
 from .kernel import Counts, translate
+from .layout import Layout, apply_layout, check_layout, plan_layout
 from .memory import allocate, as_bytes, shaped
 from .options import Options
 from .parallel import pieces, run
 from .plan import Plan, make_plan
 from .report import Report, WeightReport
 from .scales import check_scale, rescaled
-from .sharing import change_once, moved, overlapping, span, storage_id
+from .sharing import Span, change_once, identity, is_plain, moved, overlapping, span, storage_id
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -54,27 +55,33 @@ def rescale_planned(
     """``rescale_state_dict`` by a plan already made; also gives the report."""
     begin = time.perf_counter()
     threads, table = options.thread_count(), options.table
+    if inplace and not isinstance(state_dict, MutableMapping):
+        raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
     _check_readable(plan, state_dict)
-    tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    layout = plan_layout(plan, options)
+    # what cannot be looked into (sparse, on a device, a subclass) needs no change either: that has been checked
+    tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor) and is_plain(t)}
 
     counts = _count(plan, tensors, table, threads)
     check_weights(plan, counts, options)
-    convert = _decide(plan, tensors, counts, options)
-    scales = new_scales(plan, tensors, {plan.scale_of[w] for w in convert}, bool(convert), options)
-    _check_neighbours(plan, tensors, convert, scales)
-
-    changed = _change(plan, tensors, convert, scales, table, threads, inplace)
-    replaced = _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
-    result: dict[str, Any] = dict(state_dict)
-    if inplace:
-        assert isinstance(state_dict, MutableMapping)
-        state_dict.update(replaced)
-        result = state_dict  # type: ignore[assignment]
-    else:
-        result.update(changed | replaced)
+    convert = _decide(plan, tensors, counts, options) - layout.raw
+    any_converted = bool(convert) or requantised_overflow(layout, counts)
+    scales = new_scales(plan, tensors, {plan.scale_of[w] for w in convert}, any_converted, options)
+    check_layout(layout, plan, tensors)
+    _check_neighbours(plan, tensors, convert, scales, layout.raw)
     report = make_report(plan, options, tensors, counts, convert, scales)
+
+    replaced = _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
+    changed = _change(plan, tensors, convert, scales, table, threads, inplace)
+    result = finish_layout(layout, {**state_dict, **changed, **replaced}, report, inplace=inplace)
     report.seconds = time.perf_counter() - begin
-    return result, report
+    if not inplace:
+        return result, report
+    assert isinstance(state_dict, MutableMapping)  # checked above
+    for name in state_dict.keys() - result.keys():
+        del state_dict[name]
+    state_dict.update({name: value for name, value in result.items() if value is not state_dict[name]})
+    return state_dict, report  # type: ignore[return-value]
 
 
 # -- the rules, for tensors read from files too ---------------------------------------------------------------
@@ -173,23 +180,43 @@ def make_report(
     )
 
 
+def requantised_overflow(layout: Layout, counts: Mapping[str, Counts]) -> bool:
+    """Is any weight that the layout step requantises one that did not fit?"""
+    return any(pair.weight in counts and counts[pair.weight].above for pair in layout.requantised)
+
+
+def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, inplace: bool) -> dict[str, Any]:
+    """``tensors`` after the layout step, changed in place; the report learns what it cost."""
+    errors = apply_layout(layout, tensors, report.threads, inplace=inplace)
+    report.requantized = {name: error.sqnr for name, error in errors.items()}
+    report.dequantized += [pair.weight for pair in layout.dequantised]
+    return tensors
+
+
 # -- state dicts in memory ------------------------------------------------------------------------------------
 
 
 def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
     needed = {*(p.weight for p in plan.pairs), *(p.scale for p in plan.pairs), *plan.unscaled, *plan.fnuz}
-    problems = [
-        f"{name}: is on {t.device}; rescale it on the CPU, with its data"
-        for name in needed
-        if (t := state_dict[name]).device.type != "cpu"
-    ]
+    needed |= {a.name for a in plan.activation_scales}
+    problems = []
     for name, t in state_dict.items():
-        if isinstance(t, torch.Tensor) and hasattr(t, "__tensor_flatten__"):
-            inner = [getattr(t, part) for part in t.__tensor_flatten__()[0]]
-            if any(isinstance(part, torch.Tensor) and part.dtype == E4M3FN for part in inner):
-                problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
+        if not isinstance(t, torch.Tensor):
+            continue
+        if hasattr(t, "__tensor_flatten__") and _holds_fp8(t):
+            problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
+        elif name in needed and not is_plain(t):
+            kind = t.device if t.device.type != "cpu" else f"a {type(t).__name__} of layout {t.layout}"
+            problems.append(f"{name}: is on {kind}; rescale it on the CPU, as a dense tensor with its data")
     if problems:
         raise WeightError(f"{plan.source}: cannot read {listing('tensor', sorted(problems))}")
+
+
+def _holds_fp8(tensor: torch.Tensor) -> bool:
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
+        return any(isinstance(part, torch.Tensor) and _holds_fp8(part) for part in inner)
+    return tensor.dtype in (E4M3FN, E4M3FNUZ)
 
 
 def _count(plan: Plan, tensors: Tensors, table: Table, threads: int) -> dict[str, Counts]:
@@ -234,15 +261,23 @@ def _decide(plan: Plan, tensors: Tensors, counts: Mapping[str, Counts], options:
     return {name for name in names if find(name) in yes}
 
 
-def _check_neighbours(plan: Plan, tensors: Tensors, convert: Collection[str], scales: Collection[str]) -> None:
+def _check_neighbours(
+    plan: Plan, tensors: Tensors, convert: Collection[str], scales: Collection[str], raw: Collection[str]
+) -> None:
     """Refuse to change memory that a tensor of another meaning shows too."""
     problems = []
     reciprocal = {a.name for a in plan.activation_scales if a.reciprocal}
     for group in overlapping(tensors):
         if len(group) == 1:
             continue
-        meanings = {(name in convert, name in scales, name in reciprocal, tensors[name].dtype) for name in group}
-        if len(meanings) > 1 and any(name in convert or name in scales for name in group):
+        meanings: set[Any] = {
+            (name in convert, name in scales, name in reciprocal, tensors[name].dtype, storage_id(tensors[name]))
+            for name in group
+        }
+        if any(name in raw for name in group):  # laid out whole: one and the same tensor, or nothing
+            meanings = {identity(tensors[name]) for name in group} | {(name in raw,) for name in group}
+            meanings.discard((True,))
+        if len(meanings) > 1 and any(name in convert or name in scales or name in raw for name in group):
             problems.append(", ".join(group))
     if problems:
         raise WeightError(
@@ -261,7 +296,7 @@ def _change(
     inplace: bool,
 ) -> dict[str, torch.Tensor]:
     """Write the new weights and scales, into the tensors themselves or into new ones, which are returned."""
-    by_storage: dict[int, list[str]] = {}
+    by_storage: dict[Span, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
             by_storage.setdefault(storage_id(tensor), []).append(name)
@@ -338,7 +373,7 @@ def _once_each(tensors: Tensors, names: Iterable[str], change: Any) -> dict[str,
     for name in names:
         if name in tensors:
             t = tensors[name]
-            key = (storage_id(t), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
+            key = identity(t) if t.numel() else (name,)
             if key not in done:
                 done[key] = change(t)
             out[name] = done[key]

@@ -33,13 +33,14 @@ def rescaled(scale: torch.Tensor, table: Table, where: str, *, reciprocal: bool 
         scale: float32, bfloat16, float16, float64, float8_e8m0fnu, or uint8 holding e8m0; any shape.
         table: the method.
         where: file and tensor, for messages.
+        reciprocal: ``scale`` is 1/scale; floats only, no published e8m0 scale is one.
 
     Raises:
         ScaleError: a finite value would become infinite; an e8m0 value of 2^127 or NaN would have to be doubled;
             ``ratio`` on e8m0, which holds powers of two only.
     """
     if is_e8m0(scale):
-        return _rescaled_e8m0(scale, table, where, reciprocal)
+        return _doubled_e8m0(scale, table, where)
     factor = 1 / table.scale_factor if reciprocal else table.scale_factor
     result = scale.detach() * factor
     lost = torch.isfinite(scale) & ~torch.isfinite(result)
@@ -55,16 +56,16 @@ def _e8m0_bytes(scale: torch.Tensor) -> torch.Tensor:
     return scale.detach().contiguous().view(torch.uint8)
 
 
-def _rescaled_e8m0(scale: torch.Tensor, table: Table, where: str, reciprocal: bool) -> torch.Tensor:
+def _doubled_e8m0(scale: torch.Tensor, table: Table, where: str) -> torch.Tensor:
     if table.scale_factor != 2.0:
         raise ScaleError(
             f'{where}: an e8m0 scale holds powers of two, so method="{table.name}" has no value for it; '
             'use method="half"'
         )
     raw = _e8m0_bytes(scale)
-    too_large = int((raw >= 254).sum()) if not reciprocal else int(((raw == 0) | (raw == 255)).sum())
+    too_large = int((raw >= 254).sum())
     if too_large:
         raise ScaleError(
             f"{where}: {too_large} of {raw.numel()} e8m0 scale bytes are 254 (2^127, cannot be doubled) or 255 (NaN)"
         )
-    return (raw - 1 if reciprocal else raw + 1).view(scale.dtype)
+    return (raw + 1).view(scale.dtype)

@@ -9,8 +9,19 @@ import torch
 Span = tuple[int, int]
 
 
-def storage_id(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def storage_id(tensor: torch.Tensor) -> Span:
+    """(address, length) of the memory that the tensor is a view of.
+
+    Both, because arrays that torch did not allocate can be wrapped twice, from the same address on, as storages of
+    different lengths.
+    """
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that show the same memory in the same way."""
+    return (storage_id(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def span(tensor: torch.Tensor) -> Span:
@@ -24,22 +35,29 @@ def span(tensor: torch.Tensor) -> Span:
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Group the names of tensors that reach into the same bytes; every name is in exactly one group."""
-    by_storage: dict[int, list[tuple[Span, str]]] = {}
-    groups: list[list[str]] = []
+    """Group the names of CPU tensors that reach into the same bytes; every name is in exactly one group.
+
+    Told by address, not by storage: one array wrapped twice (``torch.from_numpy``) is two storages.
+    """
+    groups: list[list[str]] = [[name] for name, tensor in tensors.items() if tensor.numel() == 0]
+    reached: list[tuple[int, int, str]] = []
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            groups.append([name])
-        else:
-            by_storage.setdefault(storage_id(tensor), []).append((span(tensor), name))
-    for members in by_storage.values():
-        end = -1
-        for (start, stop), name in sorted(members):
-            if start >= end:
-                groups.append([])
-            groups[-1].append(name)
-            end = max(end, stop)
+        if tensor.numel():
+            base = tensor.untyped_storage().data_ptr()
+            start, stop = span(tensor)
+            reached.append((base + start, base + stop, name))
+    end = -1
+    for start, stop, name in sorted(reached):
+        if start >= end:
+            groups.append([])
+        groups[-1].append(name)
+        end = max(end, stop)
     return groups
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Dense CPU memory that can be looked into: not sparse, not on a device, not a subclass made of other tensors."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not hasattr(tensor, "__tensor_flatten__")
 
 
 def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

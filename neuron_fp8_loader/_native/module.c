@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "codes.h"
+#include "requantise.h"
 
 /* Below this a call is shorter than giving up the GIL and taking it back. */
 #define RELEASE_GIL_FROM 4096
@@ -16,14 +17,15 @@
 static const struct {
     const char *name;
     fp8_translate_fn translate;
+    fp8_run_fn run;
 } PATHS[] = {
 #ifdef FP8_HAVE_AVX2
-    {"avx2", fp8_translate_avx2},
+    {"avx2", fp8_translate_avx2, fp8_run_avx2},
 #endif
 #ifdef FP8_HAVE_NEON
-    {"neon", fp8_translate_neon},
+    {"neon", fp8_translate_neon, fp8_run_portable},
 #endif
-    {"portable", fp8_translate_portable},
+    {"portable", fp8_translate_portable, fp8_run_portable},
 };
 #define N_PATHS (sizeof PATHS / sizeof *PATHS)
 
@@ -51,6 +53,14 @@ static PyObject *paths(PyObject *self, PyObject *none) {
     return names;
 }
 
+/* Index of a path that runs here, or -1 with an exception set. */
+static int path_called(const char *name) {
+    for (size_t i = 0; i < N_PATHS; i++)
+        if (!strcmp(PATHS[i].name, name) && runs_here(name)) return (int)i;
+    PyErr_Format(PyExc_ValueError, "no kernel path '%s' here", name);
+    return -1;
+}
+
 static PyObject *translate(PyObject *self, PyObject *args) {
     const char *name;
     unsigned long long src, dst;
@@ -63,13 +73,9 @@ static PyObject *translate(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "translate: a table has 128 bytes, a length is not negative");
         return NULL;
     }
-    fp8_translate_fn run = NULL;
-    for (size_t i = 0; i < N_PATHS; i++)
-        if (!strcmp(PATHS[i].name, name) && runs_here(name)) run = PATHS[i].translate;
-    if (!run) {
-        PyErr_Format(PyExc_ValueError, "translate: no path '%s' here", name);
-        return NULL;
-    }
+    const int path = path_called(name);
+    if (path < 0) return NULL;
+    const fp8_translate_fn run = PATHS[path].translate;
     fp8_counts counts = {0, 0, 0, 0};
     const uint8_t *from = (const uint8_t *)(uintptr_t)src;
     uint8_t *to = (uint8_t *)(uintptr_t)dst;
@@ -100,11 +106,48 @@ static PyObject *histogram(PyObject *self, PyObject *args) {
     return PyBytes_FromStringAndSize((const char *)counts, sizeof counts);
 }
 
+static PyObject *run_max(PyObject *self, PyObject *args) {
+    unsigned long long src, out;
+    Py_ssize_t rows, columns, width;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KnnnK:run_max", &src, &rows, &columns, &width, &out)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fp8_run_max((const uint8_t *)(uintptr_t)src, (size_t)rows, (size_t)columns, (size_t)width,
+                (uint8_t *)(uintptr_t)out);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *requantise(PyObject *self, PyObject *args) {
+    const char *name;
+    unsigned long long src, dst, before, after;
+    Py_ssize_t rows, columns, height, width;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sKKnnnnKK:requantise", &name, &src, &dst, &rows, &columns, &height, &width,
+                          &before, &after))
+        return NULL;
+    const int path = path_called(name);
+    if (path < 0) return NULL;
+    fp8_error error = {0, 0};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = fp8_requantise(PATHS[path].run, (const uint8_t *)(uintptr_t)src, (uint8_t *)(uintptr_t)dst,
+                            (size_t)rows, (size_t)columns, (size_t)height, (size_t)width,
+                            (const double *)(uintptr_t)before, (const double *)(uintptr_t)after, &error);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    return Py_BuildValue("(dd)", error.signal, error.noise);
+}
+
 static PyMethodDef METHODS[] = {
     {"paths", paths, METH_NOARGS, "paths() -> list[str]: the paths that run here, fastest first."},
     {"translate", translate, METH_VARARGS,
      "translate(path, src, dst, n, table) -> (max, above, lossy, nan); dst 0: count only."},
     {"histogram", histogram, METH_VARARGS, "histogram(src, n) -> bytes: 256 native uint64, how often each byte occurs."},
+    {"run_max", run_max, METH_VARARGS,
+     "run_max(src, rows, columns, width, out): largest finite magnitude code of each run of each row."},
+    {"requantise", requantise, METH_VARARGS,
+     "requantise(path, src, dst, rows, columns, height, width, before, after) -> (signal, noise)."},
     {NULL, NULL, 0, NULL},
 };
 

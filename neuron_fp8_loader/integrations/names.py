@@ -13,8 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..conventions import conventions
 from ..errors import listing
+from ..layout import module_of
 from ..plan import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -112,8 +112,8 @@ def contradictions(plan: Plan, given: Iterable[str], dequantized: Collection[str
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
     weights = [*(pair.weight for pair in plan.pairs), *plan.fnuz, *plan.unscaled]
-    fp8 = [_owner(name) for name in weights if name not in dequantized]
-    plain = [*plan.unquantized, *(_owner(name) for name in weights if name in dequantized)]
+    fp8 = [module_of(name) for name in weights if name not in dequantized]
+    plain = [*plan.unquantized, *(module_of(name) for name in weights if name in dequantized)]
     plain += [
         name
         for name, info in plan.tensors.items()
@@ -125,15 +125,6 @@ def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], l
     if tied:
         plain.append("lm_head")
     return [_module(name) for name in fp8], [_module(name) for name in plain if _can_be_quantized(name)]
-
-
-def _owner(weight: str) -> str:
-    """The module that an FP8 weight belongs to, whatever the convention calls the weight."""
-    suffixes = {convention.weight.partition("{}")[2] for convention in conventions()}
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if suffix and weight.endswith(suffix):
-            return weight.removesuffix(suffix)
-    return weight
 
 
 def _can_be_quantized(name: str) -> bool:

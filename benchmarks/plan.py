@@ -1,0 +1,182 @@
+"""``python -m benchmarks.plan``: how long it takes to plan a checkpoint of 100,000 tensors in 160 shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import safetensors
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import neuron_fp8_loader
+from neuron_fp8_loader.checkpoint import open_checkpoint
+from neuron_fp8_loader.plan import plan_for
+
+RESULTS = Path(__file__).resolve().parent / "results" / "plan.json"
+PHASES = ("open: index and headers", "plan: pairs and cross-checks", "summary")
+_BYTES = {"F8_E4M3": 1, "F32": 4, "BF16": 2}
+
+
+def names(count: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of ``count`` tensors, called as in DeepSeek-V3: 256 experts a layer, block scales."""
+
+    def pair(module: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        yield f"{module}.weight", "F8_E4M3", (16, 16)
+        yield f"{module}.weight_scale_inv", "F32", (1, 1)
+
+    def endless() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        layer = 0
+        while True:
+            root = f"model.layers.{layer}"
+            yield f"{root}.input_layernorm.weight", "BF16", (16,)
+            for part in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+                yield from pair(f"{root}.self_attn.{part}")
+            yield f"{root}.mlp.gate.weight", "BF16", (256, 16)
+            yield f"{root}.mlp.gate.e_score_correction_bias", "F32", (256,)
+            for expert in range(256):
+                for part in ("gate_proj", "up_proj", "down_proj"):
+                    yield from pair(f"{root}.mlp.experts.{expert}.{part}")
+            layer += 1
+
+    source = endless()
+    for _ in range(count):
+        yield next(source)
+
+
+def make(directory: Path, tensors: int, shards: int) -> int:
+    """Write the shards (real headers, data left as holes in the files) and the index; returns the number of pairs.
+
+    Weights and scales are dealt to the shards in turn, so that many a pair lies in two of them.
+    """
+    headers: list[dict[str, Any]] = [{"__metadata__": {"format": "pt"}} for _ in range(shards)]
+    ends = [0] * shards
+    weight_map: dict[str, str] = {}
+    files = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
+    there: set[str] = set()
+    for position, (name, dtype, shape) in enumerate(names(tensors)):
+        shard = position * shards // tensors if position % 10 else position % shards
+        start, ends[shard] = ends[shard], ends[shard] + torch.Size(shape).numel() * _BYTES[dtype]
+        headers[shard][name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, ends[shard]]}
+        weight_map[name] = files[shard]
+        there.add(name)
+    for file, header, end in zip(files, headers, ends, strict=True):
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(directory / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(8 + len(text) + end)
+    index = {"metadata": {"total_size": sum(ends)}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return sum(name.endswith(".weight_scale_inv") for name in there)
+
+
+def run(directory: Path, tensors: int, pairs: int) -> list[float]:
+    """Plan once; seconds of each phase. Raises ClickException where the plan is wrong: its time would mean nothing."""
+    marks = [time.perf_counter()]
+    checkpoint = open_checkpoint(directory)
+    marks.append(time.perf_counter())
+    plan = plan_for(checkpoint)
+    marks.append(time.perf_counter())
+    plan.summary()
+    marks.append(time.perf_counter())
+    wrong = [p for p in plan.pairs if p.scale != p.weight + "_scale_inv"]
+    spare = len(plan.unscaled) + len(plan.activation_scales) + len(plan.warnings)
+    if len(plan.tensors) != tensors or len(plan.pairs) != pairs or wrong or spare > 1:
+        raise click.ClickException(f"the plan is wrong: {len(plan.pairs)} pairs for {pairs}, {len(wrong)} mismatched")
+    return [after - before for before, after in itertools.pairwise(marks)]
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = " ".join(line.split(":", 1)[1].split())
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--tensors", type=click.IntRange(min=4), default=100_000, help="Tensors in the index.")
+@click.option("--shards", type=click.IntRange(min=1), default=160, help="Files that they are dealt to.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Times that the plan is made.")
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default="benchmarks/results/plan.json",
+    help="Raw results.",
+)
+def main(tensors: int, shards: int, repeats: int, path: Path) -> None:
+    """Make a checkpoint index like DeepSeek's on the fly, plan it from index and headers, and say what took how long.
+
+    No weight data is read, so the tensors are small and empty; every plan is checked. Files are in the page cache.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "made"
+        directory.mkdir()
+        pairs = make(directory, tensors, shards)
+        runs = []
+        for number in range(repeats):
+            # under a name of its own, so that nothing can be remembered from the run before
+            directory = directory.rename(Path(temporary) / f"run{number}")
+            runs.append(run(directory, tensors, pairs))
+    totals = [sum(phases) for phases in runs]
+    middle = statistics.median(totals)
+    shown = Table(title=f"{tensors} tensors in {shards} shards, {pairs} FP8 pairs, median of {repeats}")
+    shown.add_column("phase")
+    shown.add_column("seconds", justify="right")
+    shown.add_column("tensors/s", justify="right")
+    medians = [statistics.median(phases[i] for phases in runs) for i in range(len(PHASES))]
+    for phase, seconds in zip((*PHASES, "together"), (*medians, middle), strict=True):
+        shown.add_row(phase, f"{seconds:.3f}", f"{tensors / seconds:,.0f}")
+    found = machine()
+    Console().print(shown)
+    click.echo(f"{found['cpu']}, {found['cores']} cores; Python {found['python']}; from {min(totals):.2f} s to "
+               f"{max(totals):.2f} s")  # fmt: skip
+    data = {
+        "benchmark": "plan",
+        "version": neuron_fp8_loader.__version__,
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": found,
+        "settings": {"tensors": tensors, "shards": shards, "repeats": repeats},
+        "results": {
+            "pairs": pairs,
+            "tensors_per_s": tensors / middle,
+            "median_s": middle,
+            "phases_median_s": dict(zip(PHASES, medians, strict=True)),
+            "runs_s": totals,
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Which tensor is the scale of which weight: the published conventions, as data.
+
+``conventions()`` lists them, ``table()`` and ``python -m neuron_fp8_loader.conventions`` print them. One's own::
+
+    from neuron_fp8_loader import conventions
+
+    conventions.register(conventions.Convention("mine", "{}.w_fp8", "{}.w_fp8_mult", "our trainer"))
+"""
+
+from .activations import ACTIVATION_RULES, ActivationRule, activation_rule, partner_of
+from .lookalikes import PACKED_DTYPES, is_marker, packed_owners
+from .registry import Convention, candidates, conventions, register, unregister
+from .table import table
+
+__all__ = [
+    "ACTIVATION_RULES",
+    "PACKED_DTYPES",
+    "ActivationRule",
+    "Convention",
+    "activation_rule",
+    "candidates",
+    "conventions",
+    "is_marker",
+    "packed_owners",
+    "partner_of",
+    "register",
+    "table",
+    "unregister",
+]

@@ -1,0 +1,5 @@
+"""``python -m neuron_fp8_loader.conventions`` prints the registry."""
+
+from . import table
+
+print(table())

@@ -1,0 +1,72 @@
+"""The last look before weights are handed on: does an FP8 weight hold a code that a Neuron device cannot read?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import conventions
+from ..errors import WeightError, listing
+from ..formats import E4M3FN, HALF
+from ..kernel import Counts, translate
+from ..memory import as_bytes
+from ..options import Options
+from ..parallel import pieces, run
+from ..sharing import span
+
+_PACKED = (torch.uint8, torch.int8, torch.int32)
+
+
+def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) -> None:
+    """Raise WeightError, naming them, for float8_e4m3fn weights with codes above 240.
+
+    Args:
+        state_dict: name -> tensor, in any names; other values, tensors without data and e4m3fn scales of NVFP4
+            weights are passed over.
+        source: where it comes from, for the message.
+        options: ``nan="keep"`` lets NaN codes through, which are NaN to a GPU too; nothing lets the others through.
+    """
+    flat = {name: _bytes(t) for name, t in state_dict.items() if _is_weight(name, t, state_dict)}
+    jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
+    seen: list[tuple[str, Counts]] = []
+
+    def work(job: tuple[str, int, int]) -> None:
+        name, start, end = job
+        seen.append((name, translate(flat[name][start:end], None, HALF)))
+
+    run(jobs, work, options.thread_count())
+    counts = dict.fromkeys(flat, Counts())
+    for name, part in seen:
+        counts[name] = counts[name] + part
+    bad = [f"{name}: {c.above} codes above 240" for name, c in counts.items() if c.above]
+    if options.nan == "error":
+        bad += [f"{name}: {c.nan} NaN codes" for name, c in counts.items() if c.nan]
+    if bad:
+        raise WeightError(
+            f"{source}: a Neuron device would read inf or NaN from {listing('float8_e4m3fn weight', bad)}\n"
+            "They came by a way that was not rescaled, or have no scale that could be found. Load them with "
+            "neuron_fp8_loader.load_state_dict, or pass their state dict through neuron_fp8_loader.rescale_state_dict."
+        )
+
+
+def _is_weight(name: str, value: Any, state_dict: Mapping[str, Any]) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dtype != E4M3FN or value.device.type != "cpu":
+        return False
+    if conventions.is_marker(name, tuple(value.shape)):
+        return False
+    owners = (state_dict.get(owner) for owner in conventions.packed_owners(name))
+    return not any(isinstance(owner, torch.Tensor) and owner.dtype in _PACKED for owner in owners)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in any order, without a copy where it covers its memory (transposed experts do)."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        low, high = span(tensor)
+        if high - low != tensor.numel():
+            return as_bytes(tensor.contiguous())
+        raw = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return raw.set_(tensor.untyped_storage(), low, (high - low,), (1,))
+    return as_bytes(tensor)

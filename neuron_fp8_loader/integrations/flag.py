@@ -1,0 +1,88 @@
+"""``fp8_rescale``, the flag on NeuronConfig: what it may be, and what it asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..device import needs_rescale, platform
+from ..errors import OptionError
+from ..formats import METHODS
+from ..layout import module_of
+from ..options import Options
+from ..plan import Plan
+
+log = logging.getLogger("neuron_fp8_loader")
+
+FLAG = "fp8_rescale"
+
+_LAYOUTS = {
+    "per_tensor_symmetric": "per_tensor",
+    "per_channel_symmetric": "per_channel",
+    "expert_wise_per_channel_symmetric": "per_channel",
+}
+
+
+def parse(value: Any) -> dict[str, Any] | None:
+    """The options that a value of the flag stands for; None where it is off.
+
+    Args:
+        value: True (``"half"``), ``"half"``, ``"ratio"``, a dict of options; False or None for off.
+
+    Raises:
+        OptionError: anything else.
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return {}
+    if isinstance(value, str) and value in METHODS:
+        return {"method": value}
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"{FLAG}={value!r}: expected True, False, {', '.join(map(repr, METHODS))} or a dict of options"
+        )
+    try:
+        Options.of(value)
+    except (OptionError, TypeError) as error:
+        raise OptionError(f"{FLAG}={dict(value)!r}: {error}") from error
+    return dict(value)
+
+
+def acts() -> bool:
+    """Is there anything to rescale for on this platform? Logs where there is not."""
+    target = platform()
+    if needs_rescale(target):
+        return True
+    log.warning("%s does nothing on %s, which reads float8_e4m3fn up to 448 as it is", FLAG, target)
+    return False
+
+
+def options_for(neuron_config: Any) -> dict[str, Any] | None:
+    """What the flag on a NeuronConfig asks for on this platform; None where nothing is to be done.
+
+    Raises:
+        OptionError: the flag was set, after construction, to what it cannot be.
+    """
+    options = parse(getattr(neuron_config, FLAG, None))
+    if options is None or not acts():
+        return None
+    return {"layout": layout_for(neuron_config), **options}
+
+
+def layout_for(neuron_config: Any) -> str:
+    """The layout that brings scales into the shape which the layers of this ``quantization_type`` take."""
+    if not getattr(neuron_config, "quantized", False):
+        return "keep"
+    return _LAYOUTS.get(str(getattr(neuron_config, "quantization_type", "")), "keep")
+
+
+def dequantized(plan: Plan, options: Mapping[str, Any]) -> set[str]:
+    """The FP8 weights of a checkpoint that these options have returned as bfloat16."""
+    chosen = Options.of(options)
+    names = set(plan.unscaled) if chosen.unscaled == "dequantize" else set()
+    return names | {
+        p.weight for p in plan.pairs if any(fnmatchcase(module_of(p.weight), d) for d in chosen.dequantize)
+    }

@@ -1,0 +1,56 @@
+"""The names under which NxD's quantised layers look for weights and scales: ``X.weight`` and ``X.scale``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import PlanError
+from ..layout import module_of
+from ..plan import Plan
+
+
+def nxd_names(plan: Plan) -> dict[str, str]:
+    """Old name -> new name of what NxD would not find. ``X.weight_scale`` is renamed by NxD Inference itself."""
+    names = {}
+    for pair in plan.pairs:
+        module = module_of(pair.weight)
+        if pair.weight != module:
+            names[pair.weight] = f"{module}.weight"
+        if pair.scale != f"{module}.weight_scale":
+            names[pair.scale] = f"{module}.scale"
+    return {old: new for old, new in names.items() if old != new}
+
+
+def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str], source: str) -> dict[str, Any]:
+    """``state_dict`` with new names, in the same order. Names not in it (scales of dequantised weights) do not matter.
+
+    Raises:
+        PlanError: a new name is taken.
+    """
+    taken = [
+        f"{old}: NxD Inference looks for it under {new}, which the checkpoint has, too"
+        for old, new in names.items()
+        if old in state_dict and new in state_dict and new not in names
+    ]
+    if taken:
+        raise PlanError(source, taken)
+    return {names.get(name, name): value for name, value in state_dict.items()}
+
+
+def reads_scale_inv(cls: type) -> bool:
+    """Does a model class read ``weight_scale_inv`` by itself?
+
+    qwen3_moe dequantises block-scaled weights in its conversion, and so do classes of others; their modules speak of
+    the name, which nothing else in NxD Inference does.
+    """
+    for base in cls.__mro__:
+        module = sys.modules.get(base.__module__)
+        try:
+            if module is not None and "_scale_inv" in inspect.getsource(module):
+                return True
+        except (OSError, TypeError):  # no source: a builtin, or a class made in a session
+            continue
+    return False

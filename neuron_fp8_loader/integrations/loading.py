@@ -1,0 +1,186 @@
+"""What NxD Inference calls to read a HF checkpoint: replaced, under the flag, by reading that rescales."""
+
+from __future__ import annotations
+
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import describe
+from ..loader import load_checkpoint
+from ..options import Options
+from ..plan import Plan, make_plan, plan_checkpoint
+from ..rescale import rescale_planned
+from .check import check_ready
+from .flag import FLAG, options_for, parse
+from .keys import nxd_names, reads_scale_inv, renamed
+from .neuron_config import find_plan
+
+log = logging.getLogger("neuron_fp8_loader")
+
+READERS = {
+    "load_safetensors": "model.safetensors",
+    "load_safetensors_sharded": "model.safetensors.index.json",
+    "load_diffusers_safetensors": "diffusion_pytorch_model.safetensors",
+    "load_safetensors_sharded_diffusers_model": "diffusion_pytorch_model.safetensors.index.json",
+    "load_pytorch_model_bin": "pytorch_model.bin",
+    "load_pytorch_model_bin_sharded": "pytorch_model.bin.index.json",
+}
+"""Functions of NxD Inference's modules/checkpoint.py, and what each reads in the directory that it is given."""
+
+
+@dataclass
+class Session:
+    """One load under the flag.
+
+    Attributes:
+        options: for the loader.
+        quantized: are there quantised layers, which look for scales under names of their own?
+        own_scales: does the model read ``weight_scale_inv`` by itself, in the shape that it has?
+        read_ready: was the state dict read by the loader, and so is rescaled?
+    """
+
+    options: dict[str, Any]
+    quantized: bool = True
+    own_scales: bool = False
+    read_ready: bool = False
+
+    def options_for(self, plan: Plan) -> dict[str, Any]:
+        """The options, but that scales which the model reads by itself keep their shapes."""
+        return {**self.options, "layout": "keep"} if self._keeps_names(plan) else self.options
+
+    def named(self, state_dict: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """With the names that the layers of the model look for."""
+        return state_dict if self._keeps_names(plan) else renamed(state_dict, nxd_names(plan), plan.source)
+
+    def _keeps_names(self, plan: Plan) -> bool:
+        return not self.quantized or (self.own_scales and any(p.scale.endswith("_scale_inv") for p in plan.pairs))
+
+
+_session: ContextVar[Session | None] = ContextVar("neuron_fp8_loader_session", default=None)
+
+
+@contextmanager
+def _within(session: Session | None) -> Iterator[None]:
+    token = _session.set(session)
+    try:
+        yield
+    finally:
+        _session.reset(token)
+
+
+def _session_for(config: Any, model: type) -> Session | None:
+    neuron_config = getattr(config, "neuron_config", None)
+    options = options_for(neuron_config)
+    if options is None:
+        return None
+    return Session(options, bool(getattr(neuron_config, "quantized", False)), reads_scale_inv(model))
+
+
+def reader(file_name: str) -> Callable[..., Any]:
+    """The replacement of one of ``READERS``: outside a load under the flag it calls the original."""
+
+    def read(original: Callable[..., Any], state_dict_dir: str, *args: Any, **kwargs: Any) -> Any:
+        session = _session.get()
+        if session is None:
+            return original(state_dict_dir, *args, **kwargs)
+        path = os.path.join(state_dict_dir, file_name)
+        # headers are read twice only where the answer hangs on them
+        options = session.options_for(plan_checkpoint(path)) if session.own_scales else session.options
+        loaded = load_checkpoint(path, **options)
+        session.read_ready = True
+        return session.named(loaded.state_dict, loaded.plan)
+
+    return read
+
+
+def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """``NeuronApplicationBase.get_state_dict``: draft and target each come through here, with their own config."""
+    session = _session_for(config, cls)
+    with _within(session):  # None too: a draft without the flag is not the target's business
+        if session is None:
+            return original(cls, path, config, *args, **kwargs)
+        state_dict = original(_ready_before_conversion(cls, session), path, config, *args, **kwargs)
+    _check(state_dict, path, session)
+    _warn_unquantized(state_dict, path, config)
+    return state_dict
+
+
+def _ready_before_conversion(cls: Any, session: Session) -> type:
+    """``cls``, but that what was read by another way (one file, a HF model) is rescaled before it is converted.
+
+    A conversion may fuse, split and rename; before it, weights and scales still have the names of the checkpoint.
+    """
+    convert = cls.convert_hf_to_neuron_state_dict
+
+    def convert_ready(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not session.read_ready:
+            infos = {n: describe(n, t) for n, t in state_dict.items() if isinstance(t, torch.Tensor)}
+            plan = make_plan(infos, cls.__name__)
+            options = Options.of(session.options_for(plan))
+            state_dict, _ = rescale_planned(state_dict, plan, options, inplace=True)
+            state_dict = session.named(state_dict, plan)
+        return convert(state_dict, *args, **kwargs)
+
+    namespace = {
+        "convert_hf_to_neuron_state_dict": staticmethod(convert_ready),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    return types.new_class(cls.__name__, (cls,), {}, lambda body: body.update(namespace))
+
+
+def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``NeuronApplicationBase.checkpoint_loader_fn``: for applications with a ``get_state_dict`` of their own."""
+    session = _session_for(self.config, type(self))
+    with _within(session):
+        state_dict = original(self, *args, **kwargs)
+    if session is not None and not all(_inherits(kind, "get_state_dict") for kind in _applications(self)):
+        _check(state_dict, str(getattr(self, "model_path", type(self).__name__)), session)
+    return state_dict
+
+
+def _applications(app: Any) -> list[type]:
+    draft = getattr(getattr(app, "fused_spec_config", None), "draft_model_cls", None)
+    return [type(app)] if draft is None else [type(app), draft]
+
+
+def _inherits(kind: type, name: str) -> bool:
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    return owner.__name__ == "NeuronApplicationBase"
+
+
+def save_quantized_state_dict(
+    original: Callable[..., Any], cls: type, model_path: str, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """``NeuronApplicationBase.save_quantized_state_dict``, which would quantise the model anew and write it over the
+    FP8 checkpoint. Under the flag, on any platform, it does not."""
+    neuron_config = getattr(config, "neuron_config", None)
+    path = getattr(neuron_config, "quantized_checkpoints_path", None)
+    if parse(getattr(neuron_config, FLAG, None)) is not None:
+        plan = find_plan(path)
+        if plan is not None and (plan.pairs or plan.unscaled or plan.fnuz):
+            log.info("%s holds FP8 weights already: nothing is quantised, nothing written", path)
+            return None
+    return original(cls, model_path, config, *args, **kwargs)
+
+
+def _check(state_dict: Mapping[str, Any], path: str | Path, session: Session) -> None:
+    check_ready(state_dict, str(path), Options.of(session.options))
+
+
+def _warn_unquantized(state_dict: Mapping[str, Any], path: str, config: Any) -> None:
+    neuron_config = config.neuron_config
+    if getattr(neuron_config, "quantized", False) or neuron_config.is_mlp_quantized():
+        return
+    count = sum(str(getattr(value, "dtype", "")) == "torch.float8_e4m3fn" for value in state_dict.values())
+    if count:
+        log.warning("%s: %d FP8 weights, but quantized=False: they would be used without their scales", path, count)

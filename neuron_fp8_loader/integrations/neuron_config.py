@@ -1,0 +1,151 @@
+"""NeuronConfig: taking the flag, and setting right at construction what would go wrong, obscurely, much later."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import describe, load_bin
+from ..errors import Fp8LoaderError, OptionError, listing
+from ..plan import Plan, make_plan, plan_checkpoint
+from .flag import FLAG, acts, dequantized, parse
+from .names import contradictions, modules_to_not_convert
+
+log = logging.getLogger("neuron_fp8_loader")
+
+LIST = "modules_to_not_convert"
+# without them XLA and the compiler take e4m3fn constants and casts for what they are on a GPU
+ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+
+
+def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """``NeuronConfig.__init__`` with one more keyword, ``fp8_rescale``; subclasses hand theirs up to it."""
+    given = FLAG in kwargs
+    value = kwargs.pop(FLAG, None)
+    options = parse(value)
+    if options is not None and acts():
+        set_environment()
+        # the vision tower has a NeuronConfig of its own, with modules that the decoder's list does not name
+        if kwargs.get("quantized") and not _is_vision(type(self)):
+            _check_dtype(kwargs)
+            _settle_list(kwargs, kwargs.get("quantized_checkpoints_path"), options)
+    original(self, *args, **kwargs)
+    if given:
+        setattr(self, FLAG, value)  # into neuron_config.json, and back through here
+
+
+def init_fused_spec(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """``FusedSpecNeuronConfig.__init__``: the draft's config is mostly a copy of the target's, its list too."""
+    original(self, *args, **kwargs)
+    path = getattr(self, "draft_model_path", None)
+    neuron_config: Any = getattr(getattr(self, "draft_config", None), "neuron_config", None)
+    options = parse(getattr(neuron_config, FLAG, None))
+    if options is None or not os.path.exists(path or "") or not acts():
+        return
+    settings = dict(vars(neuron_config))
+    if not settings.get("quantized") or settings.get("enable_fused_speculation"):
+        return  # the latter: it is the target's own
+    plan = find_plan(settings.get("quantized_checkpoints_path"))
+    if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, dequantized(plan, options)):
+        settings[LIST] = None  # filled in for the target, or as good as
+    _settle_list(settings, path, options, draft=True)
+    if settings.get(LIST):
+        setattr(neuron_config, LIST, settings[LIST])
+    # the draft is read from draft_model_path whatever this says; a saved config must find its list to agree with it
+    neuron_config.quantized_checkpoints_path = path
+
+
+def set_environment() -> None:
+    """Set what the device code needs, where it is unset."""
+    for name, value in ENVIRONMENT.items():
+        there = os.environ.setdefault(name, value)
+        if there != value:
+            log.warning("%s=%s: %s needs %s=%s on this platform; it stays as it is", name, there, FLAG, name, value)
+
+
+def _is_vision(kind: type) -> bool:
+    return any(base.__name__ == "MultimodalVisionNeuronConfig" for base in kind.__mro__)
+
+
+def _check_dtype(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("quantized_mlp_kernel_enabled") or kwargs.get("activation_quantization_type"):
+        return  # NeuronConfig itself sets "f8e4m3"
+    if kwargs.get("quantization_dtype") == "f8e4m3fn":
+        raise OptionError(
+            'quantization_dtype="f8e4m3fn": NxD Inference passes the compiler flag for FP8 weights for "f8e4m3" only; '
+            f'with {FLAG} write quantization_dtype="f8e4m3"'
+        )
+
+
+def _settle_list(
+    kwargs: MutableMapping[str, Any], path: Any, options: Mapping[str, Any], *, draft: bool = False
+) -> None:
+    """Fill ``modules_to_not_convert`` in from the checkpoint, or hold the user's list against it."""
+    try:
+        plan = find_plan(path)
+    except Fp8LoaderError as error:
+        log.warning("%s is not checked: %s", LIST, error)  # the load, if there is one, will raise it
+        return
+    if plan is None:
+        return
+    if not draft and not (plan.pairs or plan.unscaled or plan.fnuz):
+        log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", path, FLAG)
+        return
+    out = dequantized(plan, options)
+    given = kwargs.get(LIST)
+    if not given:
+        filled = modules_to_not_convert(plan, out)
+        if filled:
+            log.info("%s: %s = %s", path, LIST, filled)
+            kwargs[LIST] = filled
+        return
+    listed, missing = contradictions(plan, given, out)
+    problems = [f"listed, but FP8 in the checkpoint: {name}" for name in listed]
+    problems += [f"not FP8 in the checkpoint, and not listed: {name}" for name in missing]
+    if problems:
+        raise OptionError(
+            f"{LIST} contradicts {path}, {listing('module', problems)}\n"
+            f"FP8 modules listed are loaded without their scales; of others NxD Inference looks for scales in vain. "
+            f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
+        )
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def find_plan(path: Any) -> Plan | None:
+    """The plan of the checkpoint at ``path``; None where there is none (yet).
+
+    Raises:
+        Fp8LoaderError: there is one, and it is damaged or ambiguous.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.path.exists(path):
+        return None
+    where = Path(path)
+    files = sorted(where.iterdir()) if where.is_dir() else [where]
+    files = [f for f in files if where.is_file() or f.name.endswith((".safetensors", ".bin", ".index.json"))]
+    if not files:
+        return None
+    stamps = tuple((f.name, *_stamp(f)) for f in files)
+    return _plan(str(where), stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _plan(path: str, stamps: tuple[tuple[str, int, int], ...]) -> Plan:
+    where = Path(path)
+    if where.is_file() and where.suffix not in (".safetensors", ".bin"):  # `torch.save`d by NxD Inference itself
+        loaded = load_bin(where, device="meta")
+        import torch
+
+        tensors = {n: describe(n, t, where) for n, t in loaded.items() if isinstance(t, torch.Tensor)}
+        return make_plan(tensors, path)
+    return plan_checkpoint(where)

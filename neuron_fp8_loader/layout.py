@@ -1,0 +1,221 @@
+"""The scale shapes that the consumer's layers take: NxD's want one value a tensor, or one a row.
+
+A layout turns the rescaled pairs of a checkpoint into such pairs; modules named by ``dequantize`` become bfloat16.
+What will be done with each pair is decided from the headers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from .dequantise import dequantise, scale_values
+from .errors import PlanError, ScaleError, listing
+from .memory import allocate, shaped
+from .options import Options
+from .parallel import run
+from .plan import Pair, Plan
+from .requantise import Error, Tile, requantise, tiles
+from .scales import is_e8m0
+from .sharing import identity
+
+_TRANSPOSED = ("fused_weight_scale", "fused_scale", "fused_dot_scale")
+"""Conventions of Llama 4, whose stacked experts are [experts, in, out]; elsewhere they are [experts, out, in]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the layout step does, by weight.
+
+    Attributes:
+        requantised: pairs that go from block scales to row scales.
+        dequantised: pairs that become bfloat16, without a scale.
+        reshaped: shapes that scales take, by scale name.
+    """
+
+    requantised: tuple[Pair, ...] = ()
+    dequantised: tuple[Pair, ...] = ()
+    reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> set[str]:
+        """Weights that this step needs as the checkpoint has them, not rescaled."""
+        return {pair.weight for pair in (*self.requantised, *self.dequantised)}
+
+
+def module_of(weight: str) -> str:
+    """The module that a weight belongs to: its name without ``.weight`` and its like."""
+    for suffix in (".weight._data", "._weight_qdata", ".weight"):
+        if weight.endswith(suffix):
+            return weight.removesuffix(suffix)
+    return weight
+
+
+def plan_layout(plan: Plan, options: Options) -> Layout:
+    """Decide from the headers what becomes of each pair.
+
+    Raises:
+        PlanError: pairs whose scales the layout cannot take, all of them at once.
+    """
+    problems: list[str] = []
+    requantised: list[Pair] = []
+    dequantised: list[Pair] = []
+    reshaped: dict[str, tuple[int, ...]] = {}
+    unused = set(options.dequantize)
+    for pair in plan.pairs:
+        matching = [p for p in options.dequantize if fnmatchcase(module_of(pair.weight), p)]
+        unused.difference_update(matching)
+        if matching:
+            dequantised.append(pair)
+            continue
+        if options.layout == "keep":
+            continue
+        try:
+            shape = _shape(plan, pair, options.layout)
+        except ValueError as error:
+            problems.append(f"{pair.weight}: {error}")
+            continue
+        if shape is None:
+            requantised.append(pair)
+        elif shape != plan.tensors[pair.scale].shape or _is_bytes(plan, pair):
+            reshaped[pair.scale] = shape
+    problems += [f"dequantize={pattern!r} matches no FP8 module" for pattern in sorted(unused)]
+    shared = [g for g in plan.groups if len(g) > 1 and any(p in requantised or p in dequantised for p in g)]
+    problems += [f"{g[0].scale}: belongs to {len(g)} weights, which cannot be laid out apart" for g in shared]
+    if problems:
+        raise PlanError(plan.source, problems)
+    return Layout(tuple(requantised), tuple(dequantised), reshaped)
+
+
+def _is_bytes(plan: Plan, pair: Pair) -> bool:
+    return plan.tensors[pair.scale].dtype in ("uint8", "float8_e8m0fnu")
+
+
+def _shape(plan: Plan, pair: Pair, layout: str) -> tuple[int, ...] | None:
+    """The shape that a pair's scale takes, None for block -> row. ValueError says why there is none."""
+    weight, scale = plan.tensors[pair.weight].shape, plan.tensors[pair.scale].shape
+    kind, experts = pair.granularity.kind, pair.granularity.experts
+    if layout == "per_tensor":
+        if kind == "tensor" and not experts:
+            return (1,)
+        raise ValueError(
+            f'has one scale per {pair.granularity}; layout="per_tensor" would lose it, "per_channel" keeps more '
+            '(quantization_type="per_channel_symmetric" in NxD Inference)'
+        )
+    if len(weight) == 2:
+        if kind in ("tensor", "row"):
+            return (weight[0], 1)
+        if kind == "block":
+            return None
+    elif len(weight) == 3:
+        transposed = pair.convention in _TRANSPOSED
+        rows = (weight[0], 1, weight[2]) if transposed else (weight[0], weight[1], 1)
+        # "unknown" where a stack of square matrices leaves it open: the convention tells
+        right = kind in (("column", "unknown") if transposed else ("row", "unknown"))
+        if kind == "tensor" or (right and math.prod(scale) == math.prod(rows)):
+            return rows
+        if kind == "block" and experts and not transposed:
+            return None
+    raise ValueError(
+        f"a scale of shape {list(scale)} for a weight of shape {list(weight)} cannot be laid out per row; "
+        'dequantize=[...] with its module\'s name, or layout="keep"'
+    )
+
+
+def check_layout(layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ScaleError for block scales that cannot become row scales, before anything is written."""
+    bad = []
+    for pair in layout.requantised:
+        values = scale_values(tensors[pair.scale])
+        # a row's largest value may be 448 times its scale, and its new scale must be a float32
+        good = torch.isfinite(values) & (values >= 0) & (values < torch.finfo(torch.float32).max / 4)
+        if not bool(good.all()):
+            bad.append(f"{plan.where(pair.scale)}: {int((~good).sum())} of {values.numel()}")
+    for pair, twin in _twins(layout, tensors).items():
+        if (pair in layout.dequantised) != (twin in layout.dequantised):
+            bad.append(f"{plan.where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
+        elif not torch.equal(scale_values(tensors[pair.scale]), scale_values(tensors[twin.scale])):
+            bad.append(f"{plan.where(pair.scale)}: differs from {twin.scale}, but their weights are one tensor")
+    if bad:
+        raise ScaleError(f"block scales that are negative, not finite or too large, {listing('tensor', bad)}")
+
+
+def apply_layout(layout: Layout, tensors: dict[str, torch.Tensor], threads: int, *, inplace: bool) -> dict[str, Error]:
+    """Carry a layout out.
+
+    Args:
+        layout: what to do. ``check_layout`` comes first.
+        tensors: the rescaled tensors; those in ``layout.raw`` and their scales as the checkpoint has them. The dict
+            is changed: new tensors take the place of old ones, scales of dequantised weights go.
+        threads: how many work at once.
+        inplace: write requantised codes into the weights themselves.
+
+    Returns:
+        what requantising cost, by weight. Tensors tied together (the same memory under two names) are laid out once.
+    """
+    twins = _twins(layout, tensors)
+    for pair in layout.dequantised:
+        if pair not in twins:
+            tensors[pair.weight] = dequantise(tensors[pair.weight], tensors[pair.scale], pair.granularity, threads)
+    parts = [(p, tile) for p in layout.requantised if p not in twins for tile in _tiles(p, tensors, inplace)]
+    done: list[tuple[str, Error]] = []
+
+    def work(part: tuple[Pair, Tile]) -> None:
+        pair, tile = part
+        done.append((pair.weight, requantise(tile)))
+
+    run(parts, work, threads)
+    for pair, twin in twins.items():
+        tensors[pair.weight], tensors[pair.scale] = tensors[twin.weight], tensors[twin.scale]
+    for pair in layout.dequantised:
+        del tensors[pair.scale]
+    for name, shape in layout.reshaped.items():
+        value = scale_values(tensors[name]).float() if is_e8m0(tensors[name]) else tensors[name]
+        tensors[name] = _expanded(value, shape)
+    errors: dict[str, Error] = {}
+    for name, error in done:
+        errors[name] = errors.get(name, Error()) + error
+    return errors
+
+
+def _expanded(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if scale.numel() == math.prod(shape):
+        return scale.reshape(shape).clone()
+    # one value for all, or one an expert
+    leading = scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.numel() > 1 else scale.reshape([1] * len(shape))
+    return leading.expand(shape).contiguous()
+
+
+def _twins(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[Pair, Pair]:
+    """Pairs whose weight is the very tensor of an earlier pair, and that pair."""
+    known: dict[object, Pair] = {}
+    twins = {}
+    for pair in (*layout.requantised, *layout.dequantised):
+        weight = tensors[pair.weight]
+        first = known.setdefault(identity(weight), pair) if weight.numel() else pair
+        if first is not pair:
+            twins[pair] = first
+    return twins
+
+
+def _tiles(pair: Pair, tensors: dict[str, torch.Tensor], inplace: bool) -> list[Tile]:
+    """Cut a weight for requantising, and put the tensors that will hold the result in their places."""
+    weight, block = tensors[pair.weight], pair.granularity.block
+    assert block is not None
+    rows, columns = weight.shape[-2:]
+    grid = (-1, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    scales = scale_values(tensors[pair.scale]).reshape(grid)
+    row_scales = torch.empty(weight.shape[:-1], dtype=torch.float32, device="cpu")
+    source = weight.contiguous().view(torch.uint8)
+    target = source
+    if not (inplace and weight.is_contiguous()):
+        target = shaped(allocate(weight.numel()), torch.uint8, tuple(weight.shape))
+        tensors[pair.weight] = target.view(weight.dtype)
+    tensors[pair.scale] = row_scales.unsqueeze(-1)
+    matrices = (t.view(-1, rows, columns) for t in (source, target))
+    parts = zip(*matrices, scales, row_scales.view(-1, rows), strict=True)
+    return [tile for src, dst, part, new in parts for tile in tiles(src, dst, part, new, block)]

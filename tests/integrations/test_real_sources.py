@@ -1,0 +1,35 @@
+"""Runs real_cases.py and real_layouts.py where there are checkouts of NxD (``NXD_SRC``) and NxD Inference (``NXDI_SRC``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuron_fp8_loader import kernel
+from tests.support import ROOT, SHARED
+
+CASES = [Path(__file__).with_name(name) for name in ("real_cases.py", "real_layouts.py")]
+
+
+def test_real_sources() -> None:
+    for variable in ("NXD_SRC", "NXDI_SRC"):
+        if not os.environ.get(variable):
+            pytest.skip(f"{variable} is not set")
+    if not (SHARED.parent / "nxdi_cpu" / "harness.py").is_file():
+        pytest.skip("no shared nxdi_cpu harness")
+    for package in ("transformers", "tenacity"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    if kernel.active != kernel.paths()[0]:
+        pytest.skip("once is enough: the kernel paths give the same bytes")
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "NEURON_RT_NUM_CORES")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, CASES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,111 @@
+"""The package as its users find it: names, errors, types, and what it does not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+
+import neuron_fp8_loader
+from neuron_fp8_loader import Fp8LoaderError, Options, errors
+from neuron_fp8_loader.errors import OptionError
+
+NAMES = [
+    "load_state_dict",
+    "load_checkpoint",
+    "load_file",
+    "safe_open",
+    "rescale_state_dict",
+    "plan_checkpoint",
+    "neuron_view",
+    "Fp8LoaderError",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_names(name):
+    assert name in neuron_fp8_loader.__all__
+    assert getattr(neuron_fp8_loader, name).__doc__
+
+
+def test_all_is_true():
+    for name in neuron_fp8_loader.__all__:
+        assert hasattr(neuron_fp8_loader, name)
+
+
+def test_one_family_of_errors():
+    found = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert len(found) >= 6
+    assert all(issubclass(e, Fp8LoaderError) for e in found)
+
+
+def test_typed():
+    assert (Path(neuron_fp8_loader.__file__).parent / "py.typed").is_file()
+
+
+IMPORT = """
+import sys
+import torch
+before = set(sys.modules)
+torch.set_default_device("meta")
+import neuron_fp8_loader as n
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = new & {"numpy", "rich", "click", "transformers", "matplotlib", "plotly", "ml_dtypes", "vllm",
+               "torch_neuronx", "neuronx_distributed", "neuronx_distributed_inference", "torch_xla", "nki"}
+assert not heavy, heavy
+values = n.neuron_view(torch.tensor([0x38, 0x78], dtype=torch.uint8, device="cpu"))
+assert values.tolist() == [1.0, float("inf")], values
+"""
+
+
+def test_import_is_light_and_works_under_a_default_device():
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"method": "third"}, "method='third': expected 'half' or 'ratio'"),
+        ({"nan": "ignore"}, "nan='ignore': expected 'error' or 'keep'"),
+        ({"unscaled": True}, "unscaled=True: expected 'error' or 'dequantize' or 'keep'"),
+        ({"always": "yes"}, "always='yes'"),
+        ({"threads": 0}, "threads=0: expected a whole number from 1 up"),
+        ({"threads": True}, "threads=True"),
+        ({"threads": 1.5}, "threads=1.5"),
+        ({"progress": "no"}, "progress='no'"),
+        ({"metod": "half"}, "unknown option 'metod'; there are method, always"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(options, text, tmp_path):
+    nowhere = tmp_path / "not there"
+    for call in (
+        lambda: neuron_fp8_loader.load_state_dict(nowhere, **options),
+        lambda: neuron_fp8_loader.load_checkpoint(nowhere, **options),
+        lambda: neuron_fp8_loader.rescale_state_dict({"a": torch.ones(1)}, **options),
+    ):
+        with pytest.raises(OptionError) as error:
+            call()
+        assert text in str(error.value)
+        assert isinstance(error.value, ValueError)
+
+
+def test_thread_count(monkeypatch):
+    monkeypatch.delenv("NEURON_FP8_LOADER_THREADS", raising=False)
+    assert 1 <= Options().thread_count() <= 32
+    monkeypatch.setenv("NEURON_FP8_LOADER_THREADS", "7")
+    assert Options().thread_count() == 7
+    assert Options(threads=2).thread_count() == 2
+    monkeypatch.setenv("NEURON_FP8_LOADER_THREADS", "")
+    assert 1 <= Options().thread_count() <= 32
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "\u00b2"])
+def test_a_malformed_thread_variable(monkeypatch, value):
+    monkeypatch.setenv("NEURON_FP8_LOADER_THREADS", value)
+    with pytest.raises(OptionError, match="NEURON_FP8_LOADER_THREADS="):
+        neuron_fp8_loader.rescale_state_dict({"a": torch.ones(1)})

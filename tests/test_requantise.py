@@ -1,0 +1,174 @@
+"""Block scales to row scales, against float64 and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import e4m3fn, fp8, ieee_e4m3, raw, sqnr
+
+from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
+from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.granularity import Granularity
+from neuron_fp8_loader.layout import Layout, apply_layout
+from neuron_fp8_loader.options import Options
+from neuron_fp8_loader.plan import Pair, make_plan
+from neuron_fp8_loader.requantise import best_mantissas
+from neuron_fp8_loader.rescale import rescale_planned
+
+FITTING = np.arange(0x78, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def expand(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    grid = scale.double().numpy()
+    return np.repeat(np.repeat(grid, block[0], axis=0), block[1], axis=1)[: shape[0], : shape[1]]
+
+
+def per_row(weight: torch.Tensor, scale: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out = rescale_state_dict({"a.weight": weight, "a.weight_scale": scale}, layout="per_channel", **options)
+    return out["a.weight"], out["a.weight_scale"]
+
+
+def blocks(rng: np.random.Generator, rows: int, columns: int, block: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Gaussian weights, quantised per block to +-448."""
+    grid = math.ceil(rows / block[0]), math.ceil(columns / block[1])
+    scale = torch.from_numpy(rng.uniform(0.5, 2.0, grid) * 1e-3).float()
+    values = rng.normal(size=(rows, columns)) * 100
+    return fp8(np.clip(values, -448, 448)), scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    block=st.sampled_from([(8, 8), (16, 16), (5, 7), (1, 16), (32, 32)]),
+    powers=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_every_value_is_rounded_once(rows: int, columns: int, block: tuple[int, int], powers: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid = math.ceil(rows / block[0]), math.ceil(columns / block[1])
+    codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    weight = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    exponents = rng.integers(-12, 4, grid)
+    scale = torch.from_numpy(np.exp2(exponents) * (1 if powers else rng.uniform(1, 2, grid))).float()
+    # the block size of a small grid would be a guess, so name it
+
+    pair = Pair("a.weight", "a.weight_scale", "weight_scale", Granularity("block", block))
+    tensors = {"a.weight": weight, "a.weight_scale": scale}
+    apply_layout(Layout((pair,)), tensors, 2, inplace=False)
+    new, row_scale = tensors["a.weight"], tensors["a.weight_scale"]
+
+    assert new.dtype == torch.float8_e4m3fn
+    assert row_scale.dtype == torch.float32
+    assert row_scale.shape == (rows, 1)
+    assert int((raw(new) & 0x7F).max()) <= 0x77
+    values = e4m3fn(weight) * expand(scale, block, (rows, columns))
+    wanted = np.abs(values) / row_scale.double().numpy()
+    got = np.abs(e4m3fn(new))
+    nearest = np.abs(wanted[..., None] - FITTING).min(axis=-1)
+    np.testing.assert_array_equal(np.abs(wanted - got), nearest)
+    np.testing.assert_array_equal(raw(new) & 0x80, codes & 0x80)
+    if powers:
+        assert (np.frexp(row_scale.numpy())[0] == 0.5).all()
+        normal = wanted >= 2.0**-6
+        np.testing.assert_array_equal(got[normal], wanted[normal])
+
+
+def test_error_reported_is_the_error_made() -> None:
+
+    weight, scale = blocks(np.random.default_rng(0), 300, 513, (128, 128))
+    sd = {"a.weight": weight, "a.weight_scale_inv": scale}
+    plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
+    out, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    before = e4m3fn(weight) * expand(scale, (128, 128), (300, 513))
+    after = e4m3fn(out["a.weight"]) * out["a.weight_scale_inv"].double().numpy()
+    assert report.requantized["a.weight"] == pytest.approx(sqnr(before, after), abs=0.01)
+    assert f"SQNR worst {report.requantized['a.weight']:.1f} dB" in report.summary()
+
+
+def public_formula(values: np.ndarray) -> np.ndarray:
+    """What the public preprocess scripts do: row amax / 240, divide, cast."""
+    scale = np.abs(values).max(axis=1, keepdims=True) / 240
+    return e4m3fn(fp8(values / scale)) * scale
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (256, 1024), (512, 512)])
+def test_no_worse_than_the_public_formula(shape: tuple[int, int]) -> None:
+    weight, scale = blocks(np.random.default_rng(1), *shape, (128, 128))
+    values = e4m3fn(weight) * expand(scale, (128, 128), shape)
+    new, row_scale = per_row(weight, scale)
+    assert sqnr(values, e4m3fn(new) * row_scale.double().numpy()) >= sqnr(values, public_formula(values))
+    assert np.isfinite(ieee_e4m3(new)).all()
+
+
+def test_powers_of_two_are_exact_and_stay_powers_of_two() -> None:
+    weight, _ = blocks(np.random.default_rng(2), 256, 512, (128, 128))
+    scale = torch.tensor([[2.0**-9, 2.0**-8, 2.0**-10, 2.0**-9], [2.0**-8] * 4])
+    new, row_scale = per_row(weight, scale)
+    assert (np.frexp(row_scale.numpy())[0] == 0.5).all()
+    before = e4m3fn(weight) * expand(scale, (128, 128), (256, 512))
+    assert sqnr(before, e4m3fn(new) * row_scale.double().numpy()) >= 100
+
+
+def test_one_block_a_row_is_exact_but_for_underflow() -> None:
+    weight, scale = blocks(np.random.default_rng(3), 256, 128, (128, 128))
+    new, row_scale = per_row(weight, scale)
+    before = e4m3fn(weight) * expand(scale, (128, 128), (256, 128))
+    assert sqnr(before, e4m3fn(new) * row_scale.double().numpy()) >= 100
+
+
+def test_zero_blocks_and_zero_rows() -> None:
+    weight, scale = blocks(np.random.default_rng(4), 256, 256, (128, 128))
+    weight.view(torch.uint8)[7] = 0
+    scale[1, 0] = 0
+    new, row_scale = per_row(weight, scale)
+    assert torch.isfinite(row_scale).all()
+    assert (row_scale > 0).all()
+    assert not e4m3fn(new)[7].any()
+    assert not e4m3fn(new)[128:, :128].any()
+    _, all_zero = per_row(weight, torch.zeros_like(scale))
+    assert (all_zero == 1).all()
+
+
+@pytest.mark.parametrize("bad", [-1.0, 3e38])
+def test_implausible_scales_are_refused_before_anything_is_written(bad: float) -> None:
+    weight, scale = blocks(np.random.default_rng(5), 256, 256, (128, 128))
+    other, other_scale = weight.clone(), torch.ones(1)
+    scale[0, 1] = bad
+    sd = {"a.weight": weight, "a.weight_scale": scale, "b.weight": other, "b.weight_scale": other_scale}
+    before = {name: raw(t).copy() for name, t in sd.items()}
+    with pytest.raises(ScaleError, match=r"a\.weight_scale: 1 of 4"):
+        rescale_state_dict(sd, layout="per_channel", inplace=True)
+    for name, t in sd.items():
+        np.testing.assert_array_equal(raw(t), before[name])
+
+
+def test_all_paths_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scale = blocks(np.random.default_rng(6), 200, 333, (128, 128))
+    weight.view(torch.uint8)[3, 5] = 0x7F
+    results = []
+    for path in kernel.paths():
+        monkeypatch.setattr(kernel, "active", path)
+        results.append(per_row(weight, scale, nan="keep"))
+    for new, row_scale in results[1:]:
+        np.testing.assert_array_equal(raw(new), raw(results[0][0]))
+        assert torch.equal(row_scale, results[0][1])
+    assert raw(results[0][0])[3, 5] == 0x7F
+
+
+def test_mantissas() -> None:
+    assert best_mantissas(torch.tensor([[0.5, 4.0, 0.0]], dtype=torch.float64)).tolist() == [1.0]
+    # one dominant block: its own mantissa makes it exact
+    dominant = torch.tensor([[1.375, 1e-6, 1e-6]], dtype=torch.float64)
+    assert best_mantissas(dominant).tolist() == [1.375]
+    many = torch.rand(64, 64, dtype=torch.float64) + 0.1
+    got = best_mantissas(many)
+    assert ((got >= 1) & (got < 2)).all()
+    assert torch.equal(got.float().double(), got)
