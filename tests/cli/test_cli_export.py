@@ -19,10 +19,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from neuron_fp8_loader import WeightError, kernel, load_state_dict, parts
+from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict, parts
 from neuron_fp8_loader import export as exporting
 from neuron_fp8_loader.export import STATE, ExportError, prepare_export
 from neuron_fp8_loader.shards import NOTE
+from neuron_fp8_loader.verify import verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
 from tests.support import ROOT, SHARED, TINY, shared
 
@@ -160,6 +161,16 @@ def test_refused_weights_leave_nothing(tmp_path: Path) -> None:
         prepare_export(path, tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
     assert "NaN codes" in one_line(run("export", path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("options", [{"layout": "per_channel"}, {"dequantize": ["*"]}])
+def test_options_of_a_load_only_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = single(tmp_path / "c", layer(0))
+    with pytest.raises(OptionError, match="layout and dequantize"):
+        prepare_export(path, tmp_path / "out", **options)
+    with pytest.raises(OptionError, match="layout and dequantize"):
+        verify_checkpoint(path, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
