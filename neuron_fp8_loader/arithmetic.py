@@ -19,8 +19,8 @@ from .granularity import Granularity
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
-TILE = 1 << 16
-"""Weights compared at a time; the float64 temporaries made of them stay in cache."""
+TILE = 1 << 18
+"""Weights compared at a time: enough for numpy to be left alone by other threads, little enough for any memory."""
 
 _ALL = np.arange(256, dtype=np.uint8)
 GPU: Floats = _ALL.view(ml_dtypes.float8_e4m3fn).astype(np.float64)

@@ -166,6 +166,7 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     out = Path(out)
     _check_place(Path(path), base, out)
     export = Export(checkpoint, plan_for(checkpoint), chosen, out, base, _others(checkpoint, Path(path), base))
+    Parts(checkpoint, export.plan, (), chosen)  # refuses options that do not go with an export, before it begins
     export.state = _resumable(out, checkpoint, chosen)
     by_file = _by_file(checkpoint)
     for file in checkpoint.files:

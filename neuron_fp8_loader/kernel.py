@@ -76,6 +76,21 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
     return Counts(*_kernel.translate(active, src.data_ptr(), 0 if dst is None else dst.data_ptr(), n, table.symmetric))
 
 
+def histogram(src: torch.Tensor) -> torch.Tensor:
+    """How often each byte occurs: int64 [256].
+
+    Args:
+        src: uint8, contiguous, on the CPU.
+    """
+    if src.dtype != torch.uint8 or not src.is_contiguous() or src.device.type != "cpu":
+        raise ValueError(f"histogram takes a contiguous uint8 CPU tensor, not {src.dtype} {src.shape}")
+    if active == "torch" or _kernel is None:
+        return torch.bincount(src.view(-1), minlength=256)
+    # in C not for speed alone: bincount starts torch's own threads from each of ours
+    counts = _kernel.histogram(src.data_ptr(), src.numel())
+    return torch.frombuffer(bytearray(counts), dtype=torch.int64)
+
+
 _CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from .checkpoint import Checkpoint, TensorInfo, load_bin
+from .errors import OptionError
 from .formats import E4M3FN, FNUZ, HALF
 from .kernel import Counts, translate
 from .memory import allocate, as_bytes, shaped
@@ -29,9 +30,17 @@ class Parts:
         convert: names of the scales whose weights are rescaled (``Scan.convert``). Since that is settled, pairs may
             be torn apart: a weight in one part, its scale in another.
         options: ``threads`` and what applies to single tensors; ``always`` is in ``convert`` already.
+
+    Raises:
+        OptionError: ``layout`` or ``dequantize``, which need a weight and its scale together.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, convert: Collection[str], options: Options) -> None:
+        if options.layout != "keep" or options.dequantize:
+            raise OptionError(
+                f"{plan.source}: layout and dequantize are for a load; what is converted a part at a time keeps the "
+                "layout of its scales"
+            )
         self._checkpoint, self._plan, self._convert, self._options = checkpoint, plan, frozenset(convert), options
         self._pairs: dict[str, Pair] = {pair.weight: pair for pair in plan.pairs}
         self._scales: dict[str, Pair] = {pair.scale: pair for pair in plan.pairs}

@@ -14,7 +14,7 @@ import torch
 from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from .errors import ScaleError, WeightError
 from .formats import LARGEST_FIT, NAN_CODE, Table
-from .kernel import Counts
+from .kernel import Counts, histogram
 from .memory import as_bytes
 from .options import Options
 from .parallel import pieces, run
@@ -195,7 +195,7 @@ def _histograms(checkpoint: Checkpoint, infos: Sequence[TensorInfo], options: Op
     lock = threading.Lock()
 
     def see(name: str, piece: torch.Tensor) -> None:
-        seen = torch.bincount(piece, minlength=256)
+        seen = histogram(piece)
         with lock:
             counts[name] += seen
 

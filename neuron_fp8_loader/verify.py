@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import torch
 
-from .arithmetic import GPU, Bytes, as_bytes, expected, scale_values
+from .arithmetic import Bytes, as_bytes, expected, scale_values
 from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from .compare import Side, WeightCheck, compare, sqnr_db
 from .errors import Fp8LoaderError, ScaleError, WeightError
@@ -22,6 +22,8 @@ from .parallel import progress
 from .parts import Parts, batches
 from .plan import Pair, Plan, plan_for
 from .scan import scan
+
+_CHUNK = 1 << 20
 
 
 @dataclass
@@ -221,7 +223,7 @@ def _check_group(
     for name, weight in old.items():
         was, now = (Side(w, s, plan.declared.block) for w, s in ((weight, scale), (new[name], new_scale)))
         check = compare(name, was, now, options.thread_count(), nan_is_fine=options.nan == "keep")
-        wrong = int(np.count_nonzero(np.take(codes, as_bytes(weight)) != as_bytes(new[name])))
+        wrong = _other_codes(as_bytes(weight), as_bytes(new[name]), codes)
         if wrong and not check.problem:
             check.problem = f"{wrong} codes are not those that rounding to nearest gives"
         result.weights.append(check)
@@ -229,10 +231,22 @@ def _check_group(
 
 
 def _overflows(codes: Bytes) -> bool:
-    seen = np.zeros(256, dtype=bool)
-    for at in range(0, codes.size, 1 << 20):
-        seen[np.unique(codes[at : at + (1 << 20)])] = True
-    return bool((np.abs(GPU[seen]) > 240).any())
+    """Is any code 256..448?"""
+    for at in range(0, codes.size, _CHUNK):
+        magnitudes = codes[at : at + _CHUNK] & 0x7F
+        if bool(((magnitudes > 0x77) & (magnitudes < 0x7F)).any()):
+            return True
+    return False
+
+
+def _other_codes(old: Bytes, new: Bytes, table: Bytes) -> int:
+    """How many of the new codes are not those that ``table`` has for the old ones."""
+    wrong = 0
+    for at in range(0, old.size, _CHUNK):
+        should, is_ = old[at : at + _CHUNK].tobytes().translate(table.tobytes()), new[at : at + _CHUNK].tobytes()
+        if should != is_:
+            wrong += int(np.count_nonzero(np.frombuffer(should, np.uint8) != np.frombuffer(is_, np.uint8)))
+    return wrong
 
 
 def _check_scale(result: Verification, name: str, old: torch.Tensor, new: torch.Tensor, factor: float) -> None:

@@ -39,4 +39,7 @@ void fp8_translate_neon(const uint8_t *src, uint8_t *dst, size_t n,
                         const uint8_t table[128], fp8_counts *counts);
 #endif
 
+/* Adds to counts[b] how often the byte b occurs in src. */
+void fp8_histogram(const uint8_t *src, size_t n, uint64_t counts[256]);
+
 #endif

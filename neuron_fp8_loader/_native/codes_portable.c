@@ -41,3 +41,24 @@ void fp8_translate_portable(const uint8_t *src, uint8_t *dst, size_t n,
     }
     counts->max = max;
 }
+
+void fp8_histogram(const uint8_t *src, size_t n, uint64_t counts[256]) {
+    /* Four tables: an increment need not wait for the one before when a byte is repeated. A field
+     * holds 32 bits; it is emptied before it can wrap. */
+    while (n > 0) {
+        uint32_t part[4][256] = {{0}};
+        const size_t take = n < ((size_t)1 << 30) ? n : (size_t)1 << 30;
+        size_t i = 0;
+        for (; i + 4 <= take; i += 4) {
+            part[0][src[i]]++;
+            part[1][src[i + 1]]++;
+            part[2][src[i + 2]]++;
+            part[3][src[i + 3]]++;
+        }
+        for (; i < take; i++) part[0][src[i]]++;
+        for (int b = 0; b < 256; b++)
+            counts[b] += (uint64_t)part[0][b] + part[1][b] + part[2][b] + part[3][b];
+        src += take;
+        n -= take;
+    }
+}

@@ -90,6 +90,22 @@ static PyObject *translate(PyObject *self, PyObject *args) {
                          (unsigned long long)counts.lossy, (unsigned long long)counts.nan);
 }
 
+static PyObject *histogram(PyObject *self, PyObject *args) {
+    unsigned long long src;
+    Py_ssize_t n;
+    uint64_t counts[256] = {0};
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Kn:histogram", &src, &n)) return NULL;
+    if (n < 0) {
+        PyErr_SetString(PyExc_ValueError, "histogram: a length is not negative");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    fp8_histogram((const uint8_t *)(uintptr_t)src, (size_t)n, counts);
+    Py_END_ALLOW_THREADS
+    return PyBytes_FromStringAndSize((const char *)counts, sizeof counts);
+}
+
 static PyObject *run_max(PyObject *self, PyObject *args) {
     unsigned long long src, out;
     Py_ssize_t rows, columns, width;
@@ -127,6 +143,7 @@ static PyMethodDef METHODS[] = {
     {"paths", paths, METH_NOARGS, "paths() -> list[str]: the paths that run here, fastest first."},
     {"translate", translate, METH_VARARGS,
      "translate(path, src, dst, n, table) -> (max, above, lossy, nan); dst 0: count only."},
+    {"histogram", histogram, METH_VARARGS, "histogram(src, n) -> bytes: 256 native uint64, how often each byte occurs."},
     {"run_max", run_max, METH_VARARGS,
      "run_max(src, rows, columns, width, out): largest finite magnitude code of each run of each row."},
     {"requantise", requantise, METH_VARARGS,

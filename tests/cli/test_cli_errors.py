@@ -96,7 +96,7 @@ def ambiguous_pair(tmp: Path) -> Path:
     return single(tmp / "c", tensors)
 
 
-@kind("torch.load(weights_only=True) cannot read it")
+@kind("torch.load(weights_only=True)")
 def evil_bin(tmp: Path) -> Path:
     torch.save({"m.weight": Path("x")}, tmp / "pytorch_model.bin")
     return tmp

@@ -19,10 +19,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from neuron_fp8_loader import WeightError, kernel, load_state_dict, parts
+from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict, parts
 from neuron_fp8_loader import export as exporting
 from neuron_fp8_loader.export import STATE, ExportError, prepare_export
 from neuron_fp8_loader.shards import NOTE
+from neuron_fp8_loader.verify import verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
 from tests.support import ROOT, SHARED, TINY, shared
 
@@ -162,6 +163,16 @@ def test_refused_weights_leave_nothing(tmp_path: Path) -> None:
     assert "NaN codes" in one_line(run("export", path, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("options", [{"layout": "per_channel"}, {"dequantize": ["*"]}])
+def test_options_of_a_load_only_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = single(tmp_path / "c", layer(0))
+    with pytest.raises(OptionError, match="layout and dequantize"):
+        prepare_export(path, tmp_path / "out", **options)
+    with pytest.raises(OptionError, match="layout and dequantize"):
+        verify_checkpoint(path, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = sharded(tmp_path / "c", layer(0), layer(1))
     needed = run_json("export", path, tmp_path / "out", "--dry-run", code=0)["bytes"]
@@ -227,15 +238,13 @@ def test_a_changed_original_is_not_resumed(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(kernel.active != kernel.paths()[0], reason="tested with the fastest kernel path")
 def test_sigint_to_the_process(tmp_path: Path) -> None:
-    """The real signal, to a process that is writing a shard of 64 MB as slowly as it can be made to."""
-    name = "model.layers.0.mlp.up_proj.weight"
-    many = {f"{name[:-7]}{i}.weight": codes(0x7E, shape=(1024, 1024)) for i in range(64)}
-    many |= {f"{weight}_scale": torch.ones(1) for weight in list(many)}
+    """The real signal, to a process that takes its time over the second of two shards."""
+    many = {name: tensor for number in range(1, 200) for name, tensor in layer(number).items()}
     path, out = sharded(tmp_path / "c", layer(0), many), tmp_path / "out"
     program = (
         "import time, neuron_fp8_loader.parts as p\n"
         "load = p.Parts.load\n"
-        "p.batches.__defaults__ = (1 << 20,)\n"
+        "p.batches.__defaults__ = (600,)\n"
         "p.Parts.load = lambda self, infos: (time.sleep(0.05), load(self, infos))[1]\n"
         "from neuron_fp8_loader.cli import main\n"
         "main(prog_name='neuron-fp8')\n"
