@@ -215,7 +215,7 @@ def test_scales_of_packed_weights_are_not_weights(enabled: Standin, tmp_path: Pa
 
 def scaled_as(original: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     """The same weights [16, 32] with scales of another name and shape."""
-    shapes = {"weight_scale_inv": (2, 4), "row": (16,), "tensor": ()}
+    shapes = {"weight_scale_inv": (1, 2), "row": (16,), "tensor": ()}
     name = "weight_scale_inv" if kind == "weight_scale_inv" else "weight_scale"
     return {
         n.replace("weight_scale", name): torch.full(shapes[kind], 0.01) if n.endswith("_scale") else t
@@ -247,7 +247,7 @@ def test_scales_of_a_model_that_does_without_quantised_layers_keep_name_and_shap
     path = write(tmp_path, scaled_as(state_dict(), "weight_scale_inv"))
     loaded = app_for(enabled, path, quantized=False).checkpoint_loader_fn()
     assert finite(loaded)
-    assert torch.equal(loaded["layers.0.mlp.down_proj.weight_scale_inv"], torch.full((2, 4), 0.02))
+    assert torch.equal(loaded["layers.0.mlp.down_proj.weight_scale_inv"], torch.full((1, 2), 0.02))
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin"])

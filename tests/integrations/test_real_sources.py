@@ -1,4 +1,4 @@
-"""Runs real_cases.py and real_layouts.py, where ``NXD_SRC`` and ``NXDI_SRC`` name checkouts of NxD and NxD Inference."""
+"""Runs real_cases.py and real_layouts.py where NXD_SRC and NXDI_SRC name checkouts of NxD and NxD Inference."""
 
 from __future__ import annotations
 
