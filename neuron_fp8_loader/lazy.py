@@ -17,7 +17,7 @@ from .kernel import Counts, translate
 from .memory import as_bytes
 from .options import Options
 from .plan import Plan, plan_for
-from .rescale import check_weights, dequantized
+from .rules import check_weights, dequantized
 from .scales import check_scale, rescaled
 
 

@@ -20,14 +20,14 @@ from .options import Options
 from .plan import Plan, plan_for
 from .reader import Decision, WeightJob, find_overflow, read
 from .report import Report
-from .rescale import (
+from .rescale import rescale_planned
+from .rules import (
     check_weights,
     dequantized,
     finish_layout,
     make_report,
     new_scales,
     requantised_overflow,
-    rescale_planned,
 )
 
 log = logging.getLogger("neuron_fp8_loader")

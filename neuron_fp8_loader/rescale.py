@@ -1,4 +1,4 @@
-"""A plan turns tensors into Neuron-ready tensors: the rules, and how they apply to state dicts in memory."""
+"""A plan turns state dicts in memory into Neuron-ready ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from typing import Any
 
 import torch
 
-from . import kernel
 from .checkpoint import describe
-from .errors import OptionError, ScaleError, WeightError, listing
+from .errors import OptionError, WeightError, listing
 from .formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
 from .kernel import Counts, translate
-from .layout import Layout, apply_layout, check_layout, plan_layout
+from .layout import check_layout, plan_layout
 from .memory import allocate, as_bytes, shaped
 from .options import Options
 from .parallel import pieces, run
 from .plan import Plan, make_plan
-from .report import Report, WeightReport
-from .scales import check_scale, rescaled
-from .sharing import Span, change_once, identity, is_plain, moved, overlapping, span, storage_id
-
-Tensors = Mapping[str, torch.Tensor]
+from .report import Report
+from .rules import (
+    Tensors,
+    check_weights,
+    dequantized,
+    finish_layout,
+    make_report,
+    new_scales,
+    requantised_overflow,
+)
+from .scales import rescaled
+from .sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
 
 
 def rescale_state_dict(
@@ -82,118 +88,6 @@ def rescale_planned(
         del state_dict[name]
     state_dict.update({name: value for name, value in result.items() if value is not state_dict[name]})
     return state_dict, report  # type: ignore[return-value]
-
-
-# -- the rules, for tensors read from files too ---------------------------------------------------------------
-
-
-def check_weights(plan: Plan, counts: Mapping[str, Counts], options: Options) -> None:
-    """Raise WeightError for NaN codes, and for unscaled weights that do not fit, unless the options let them pass."""
-    if options.nan == "error":
-        bad = [f"{plan.where(name)}: {seen.nan} NaN codes" for name, seen in counts.items() if seen.nan]
-        if bad:
-            raise WeightError(
-                f"NaN codes in {listing('FP8 weight', bad)}\n"
-                'The checkpoint is damaged or badly quantised; nan="keep" lets them through.'
-            )
-    if options.unscaled == "error":
-        bad = [
-            f"{plan.where(name)}: {counts[name].above} codes above 240"
-            for name in plan.unscaled
-            if name in counts and counts[name].above
-        ]
-        if bad:
-            raise WeightError(
-                f"no scale to make up for a rescale of {listing('float8_e4m3fn weight', bad)}\n"
-                "Expected a tensor like X.weight_scale, X.weight_scale_inv or X.scale beside X.weight. "
-                'unscaled="dequantize" returns them as bfloat16 (exact), unscaled="keep" as they are; a scale of '
-                "another name: neuron_fp8_loader.conventions.register."
-            )
-
-
-def new_scales(
-    plan: Plan, tensors: Tensors, convert: Collection[str], any_converted: bool, options: Options
-) -> dict[str, torch.Tensor]:
-    """The scales that change, with their new values.
-
-    Args:
-        plan, tensors: what there is; scales not among ``tensors`` are passed over.
-        convert: names of the scales whose weights were rescaled.
-        any_converted: was any weight of the checkpoint rescaled? Activation scales hang on that.
-
-    Raises:
-        ScaleError: a scale is not finite, or its new value does not exist in its dtype.
-    """
-    new: dict[str, torch.Tensor] = {}
-    problems: list[str] = []
-
-    def attempt(name: str, *, change: bool, reciprocal: bool = False) -> None:
-        try:
-            if options.nan == "error":
-                check_scale(tensors[name], plan.where(name))
-            if change:
-                new[name] = rescaled(tensors[name], options.table, plan.where(name), reciprocal=reciprocal)
-        except ScaleError as error:
-            problems.append(str(error))
-
-    for first, *_ in plan.groups:
-        if first.scale in tensors:
-            attempt(first.scale, change=first.scale in convert)
-    if any_converted and options.activation_scales == "rescale":
-        for activation in plan.activation_scales:
-            if activation.name in tensors:
-                attempt(activation.name, change=True, reciprocal=activation.reciprocal)
-    if problems:
-        raise ScaleError(f"cannot rescale {listing('scale', problems)}")
-    return new
-
-
-def dequantized(plan: Plan, tensors: Tensors, options: Options) -> dict[str, torch.Tensor]:
-    """The unscaled weights as bfloat16, which holds every e4m3fn value exactly; none unless the options say so."""
-    if options.unscaled != "dequantize":
-        return {}
-    return _once_each(tensors, plan.unscaled, lambda t: t.to(torch.bfloat16))
-
-
-def make_report(
-    plan: Plan,
-    options: Options,
-    tensors: Tensors,
-    counts: Mapping[str, Counts],
-    convert: Collection[str],
-    scales: Collection[str],
-) -> Report:
-    """A report without its seconds. ``convert`` names the rescaled weights, ``scales`` the scales that changed."""
-    return Report(
-        source=plan.source,
-        method=options.method,
-        tensors=len(tensors),
-        nbytes=sum(plan.tensors[name].nbytes for name in tensors),
-        weights=[
-            WeightReport(name, plan.tensors[name].numel, seen, name in convert or name in plan.fnuz)
-            for name, seen in counts.items()
-        ],
-        activation_scales=sum(a.name in scales for a in plan.activation_scales),
-        dequantized=[name for name in plan.unscaled if name in tensors and options.unscaled == "dequantize"],
-        kernel=kernel.active,
-        threads=options.thread_count(),
-    )
-
-
-def requantised_overflow(layout: Layout, counts: Mapping[str, Counts]) -> bool:
-    """Is any weight that the layout step requantises one that did not fit?"""
-    return any(pair.weight in counts and counts[pair.weight].above for pair in layout.requantised)
-
-
-def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, inplace: bool) -> dict[str, Any]:
-    """``tensors`` after the layout step, changed in place; the report learns what it cost."""
-    errors = apply_layout(layout, tensors, report.threads, inplace=inplace)
-    report.requantized = {name: error.sqnr for name, error in errors.items()}
-    report.dequantized += [pair.weight for pair in layout.dequantised]
-    return tensors
-
-
-# -- state dicts in memory ------------------------------------------------------------------------------------
 
 
 def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
@@ -363,18 +257,4 @@ def _translated_fnuz(plan: Plan, tensors: Tensors, threads: int) -> dict[str, to
         _translate_all([(as_bytes(weight.contiguous()), as_bytes(fresh))], FNUZ, threads)
         return fresh
 
-    return _once_each(tensors, plan.fnuz, convert)
-
-
-def _once_each(tensors: Tensors, names: Iterable[str], change: Any) -> dict[str, torch.Tensor]:
-    """``change`` of each named tensor; names of one and the same tensor get one and the same result."""
-    done: dict[tuple[Any, ...], torch.Tensor] = {}
-    out = {}
-    for name in names:
-        if name in tensors:
-            t = tensors[name]
-            key = identity(t) if t.numel() else (name,)
-            if key not in done:
-                done[key] = change(t)
-            out[name] = done[key]
-    return out
+    return once_each(tensors, plan.fnuz, convert)

@@ -92,3 +92,19 @@ def change_once(views: list[torch.Tensor], change: Callable[[torch.Tensor], torc
     as_bytes = elements.view(torch.uint8).view(-1, size)
     changed = change(as_bytes[shown].view(-1).view(first.dtype))
     as_bytes[shown] = changed.view(torch.uint8).view(-1, size)
+
+
+def once_each(
+    tensors: Mapping[str, torch.Tensor], names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """``change`` of each named tensor; names of one and the same tensor get one and the same result."""
+    done: dict[tuple[object, ...], torch.Tensor] = {}
+    out = {}
+    for name in names:
+        if name in tensors:
+            t = tensors[name]
+            key = identity(t) if t.numel() else (name,)
+            if key not in done:
+                done[key] = change(t)
+            out[name] = done[key]
+    return out

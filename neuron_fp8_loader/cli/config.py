@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from ..formats import METHODS
-from ..settings import Settings, settings_for
-from ..shards import beside
+from ..tools.settings import Settings, settings_for
+from ..tools.shards import beside
 from .console import FINDING, Command, checkpoint_argument, json_option, print_json
 
 # inference_demo has no option for the flag; this hands it to its NeuronConfig

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from ..doctor import PROBLEM, Finding, examine
+from ..tools.doctor import PROBLEM, Finding, examine
 from .console import FINDING, Command, console, escape, json_option, print_json, say
 
 

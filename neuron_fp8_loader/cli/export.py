@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ..export import Export, prepare_export
 from ..plan import size
+from ..tools.export import Export, prepare_export
 from .console import (
     Command,
     checkpoint_argument,

@@ -11,8 +11,8 @@ from rich.console import Console
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..options import Options
 from ..plan import Plan, plan_for, size
-from ..scan import Scan, WeightCodes, scan
-from ..settings import nxd_layout
+from ..tools.scan import Scan, WeightCodes, scan
+from ..tools.settings import nxd_layout
 from .console import (
     FINDING,
     Command,
@@ -63,7 +63,7 @@ def inspect(
     """
     options = Options.of({**load, "threads": threads})
     if plot:
-        from ..plot import check_plot
+        from ..tools.plot import check_plot
 
         check_plot(plot)
         if headers_only:
@@ -72,7 +72,7 @@ def inspect(
     plan = plan_for(checkpoint)
     found = None if headers_only else scan(checkpoint, plan, options)
     if plot and found and found.weights:
-        from ..plot import write_plot
+        from ..tools.plot import write_plot
 
         write_plot(found, plot)
     if as_json:

@@ -26,8 +26,8 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..compare import WeightCheck
-    from ..verify import Verification
+    from ..tools.compare import WeightCheck
+    from ..tools.verify import Verification
 
 
 @click.command(cls=Command)
@@ -59,7 +59,7 @@ def verify(
       neuron-fp8 verify ./Llama-3.1-8B-FP8
       neuron-fp8 verify ./converted --against ./Llama-3.1-8B-FP8
     """
-    from ..verify import compare_checkpoints, verify_checkpoint
+    from ..tools.verify import compare_checkpoints, verify_checkpoint
 
     if against is None:
         result = verify_checkpoint(ckpt, threads=threads, **load)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from neuron_fp8_loader import OptionError
-from neuron_fp8_loader.settings import settings_for
+from neuron_fp8_loader.tools.settings import settings_for
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
 from tests.support import TINY, shared
 

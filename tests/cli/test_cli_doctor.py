@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neuron_fp8_loader import doctor, kernel
-from neuron_fp8_loader.doctor import NEURON_PACKAGES
+from neuron_fp8_loader.tools.doctor import NEURON_PACKAGES
 from tests.cli.helpers import run, run_json
 
 

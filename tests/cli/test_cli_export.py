@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict, parts
 from neuron_fp8_loader import export as exporting
-from neuron_fp8_loader.export import STATE, ExportError, prepare_export
-from neuron_fp8_loader.shards import NOTE
-from neuron_fp8_loader.verify import verify_checkpoint
+from neuron_fp8_loader.tools.export import STATE, ExportError, prepare_export
+from neuron_fp8_loader.tools.shards import NOTE
+from neuron_fp8_loader.tools.verify import verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
 from tests.support import ROOT, SHARED, TINY, shared
 
@@ -242,7 +242,7 @@ def test_sigint_to_the_process(tmp_path: Path) -> None:
     many = {name: tensor for number in range(1, 200) for name, tensor in layer(number).items()}
     path, out = sharded(tmp_path / "c", layer(0), many), tmp_path / "out"
     program = (
-        "import time, neuron_fp8_loader.parts as p\n"
+        "import time, neuron_fp8_loader.tools.parts as p\n"
         "load = p.Parts.load\n"
         "p.batches.__defaults__ = (600,)\n"
         "p.Parts.load = lambda self, infos: (time.sleep(0.05), load(self, infos))[1]\n"

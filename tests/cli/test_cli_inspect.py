@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from neuron_fp8_loader import load_checkpoint
-from neuron_fp8_loader.plot import module_kind
-from neuron_fp8_loader.scan import scan_checkpoint
+from neuron_fp8_loader.tools.plot import module_kind
+from neuron_fp8_loader.tools.scan import scan_checkpoint
 from tests.cli.helpers import COOL, HOT, codes, layer, one_line, run, run_json, sharded, single
 from tests.support import TINY, ieee_e4m3, raw, shared
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import formats, load_checkpoint, load_state_dict
-from neuron_fp8_loader.arithmetic import GPU, HALF_STEP, NEURON, expected
-from neuron_fp8_loader.compare import Side, compare
-from neuron_fp8_loader.verify import compare_checkpoints, verify_checkpoint
+from neuron_fp8_loader.tools.arithmetic import GPU, HALF_STEP, NEURON, expected
+from neuron_fp8_loader.tools.compare import Side, compare
+from neuron_fp8_loader.tools.verify import compare_checkpoints, verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
 from tests.support import SHARED, TINY, e4m3fn, sqnr
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..errors import WeightError
+from ..formats import LARGEST_FIT
+from ..granularity import Granularity, granularity
+from ..parallel import run
 from .arithmetic import GPU, GPU_FNUZ, HALF_STEP, NEURON, Bytes, Floats, Tile, as_bytes, scale_values, tiles
-from .errors import WeightError
-from .formats import LARGEST_FIT
-from .granularity import Granularity, granularity
-from .parallel import run
 
 _SCALE_SLACK = 2.0**-8
 """A bfloat16 scale times a factor that is no power of two is off by up to this share."""

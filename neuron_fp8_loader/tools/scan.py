@@ -11,16 +11,16 @@ from functools import cached_property
 
 import torch
 
-from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
-from .errors import ScaleError, WeightError
-from .formats import LARGEST_FIT, NAN_CODE, Table
-from .kernel import Counts, histogram
-from .memory import as_bytes
-from .options import Options
-from .parallel import pieces, run
-from .plan import Plan, plan_for
-from .reader import read, visit
-from .rescale import check_weights, new_scales
+from ..checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..errors import ScaleError, WeightError
+from ..formats import LARGEST_FIT, NAN_CODE, Table
+from ..kernel import Counts, histogram
+from ..memory import as_bytes
+from ..options import Options
+from ..parallel import pieces, run
+from ..plan import Plan, plan_for
+from ..reader import read, visit
+from ..rules import check_weights, new_scales
 
 _INF_CODE = LARGEST_FIT + 1  # 256 to a GPU
 

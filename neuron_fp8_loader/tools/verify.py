@@ -13,14 +13,14 @@ import numpy as np
 import safetensors
 import torch
 
+from ..checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..errors import Fp8LoaderError, ScaleError, WeightError
+from ..options import Options
+from ..parallel import progress
+from ..plan import Pair, Plan, plan_for
 from .arithmetic import Bytes, as_bytes, expected, scale_values
-from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from .compare import Side, WeightCheck, compare, sqnr_db
-from .errors import Fp8LoaderError, ScaleError, WeightError
-from .options import Options
-from .parallel import progress
 from .parts import Parts, batches
-from .plan import Pair, Plan, plan_for
 from .scan import scan
 
 _CHUNK = 1 << 20

@@ -11,10 +11,10 @@ from importlib import metadata
 
 import torch
 
-from . import kernel
-from .device import PLATFORM_ENV, needs_rescale, platform
-from .errors import OptionError
-from .options import THREADS_ENV, Options
+from .. import kernel
+from ..device import PLATFORM_ENV, needs_rescale, platform
+from ..errors import OptionError
+from ..options import THREADS_ENV, Options
 from .settings import ENVIRONMENT
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .errors import Fp8LoaderError, WeightError
-from .options import Options
-from .parallel import progress
+from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..errors import Fp8LoaderError, WeightError
+from ..options import Options
+from ..parallel import progress
+from ..plan import Plan, plan_for, size
 from .parts import Parts
-from .plan import Plan, plan_for, size
 from .scan import scan
 from .shards import beside, nbytes_after, write_bin, write_safetensors
 
@@ -211,7 +211,7 @@ def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str,
 
 def _identity(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     """What must be the same for an export to be resumed."""
-    from . import __version__
+    from .. import __version__
 
     stats = {file: file.stat() for file in checkpoint.files}
     identity: dict[str, Any] = {
