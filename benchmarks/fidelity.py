@@ -100,6 +100,11 @@ def check(results: dict[str, Any]) -> None:
         half = methods["half"]
         if half["sqnr_db"] is not None and half["sqnr_db"] < 90:
             raise WrongAnswer(f"{source}: half is {half['sqnr_db']:.1f} dB from the checkpoint")
+    for source, methods in results["blocks"].items():
+        own = methods.get("block -> row, neuron_fp8_loader")
+        public = methods["block -> row, public scripts"]["sqnr_db"]
+        if own and own["sqnr_db"] is not None and public is not None and own["sqnr_db"] < public - 0.1:
+            raise WrongAnswer(f"{source}: block -> row is {own['sqnr_db']:.1f} dB, the public scripts {public:.1f} dB")
     if not results["logits"]["half"]["finite"] or results["logits"]["without the loader"]["finite"]:
         raise WrongAnswer("logits: half must be finite, and no loader must not")
 

@@ -131,7 +131,7 @@ def measure(nbytes: int, threads: int, repeats: int, slow: bool) -> dict[str, di
 
     add(MEMCPY, "raw", memcpy, kernel.active, rounds)
     for path in kernel.paths():
-        if path == "torch" and not slow:
+        if path == "torch" and not slow and path != kernel.active:
             continue
         for method in METHODS.values():
             add(

@@ -153,8 +153,8 @@ def main(
     Contenders: this loader; safetensors' load_file, with clone() so that every byte is read, and with its pread
     backend; runai-model-streamer where installed; the recipe of Neuron's README done in memory; and that README's
     whole script, files written included, on a smaller checkpoint because it is slow. Every result is checked, byte
-    for byte, by checksums from ml_dtypes' arithmetic. The first three do not touch the weights: they are what reading
-    alone costs.
+    for byte, by checksums from ml_dtypes' arithmetic. load_file and the streamer leave the weights as they are:
+    that is what reading alone costs.
 
     "time / ours" is the median over rounds of the time against this loader's in the same round. "peak RSS" is how far
     the resident set grew, mapped pages of files included, which the system can take back; "anonymous" is without them.

@@ -123,7 +123,23 @@ def fidelity(data: Mapping[str, Any]) -> str:
         )  # fmt: skip
     columns = ["", "exact codes", "weights changed", "dB to the checkpoint", "dB to bf16", "KL to bf16", "top-1"]
     kind = "real checkpoints" if results["real"] else "random weights of several distributions"
-    return f"Fidelity over {len(real)} {kind}, and the logits of a small Llama:\n\n{_table(columns, rows)}"
+    head = f"Fidelity over {len(real)} {kind}, and the logits of a small Llama:"
+    return "\n\n".join([head, _table(columns, rows), _blocks(results["blocks"])])
+
+
+def _blocks(results: Mapping[str, Any]) -> str:
+    """Block scales to one scale a row, apart for scales that are powers of two."""
+    rows = []
+    for label, powers in (("float32 scales", False), ("scales 2^n", True)):
+        sources = [methods for name, methods in results.items() if name.endswith("2^n") == powers]
+        for method in sources[0] if sources else ():
+            if method != "checkpoint":
+                entries = [source[method] for source in sources]
+                to_checkpoint, to_original = (
+                    _span((entry[key] for entry in entries), "{:.1f}") for key in ("sqnr_db", "sqnr_original_db")
+                )
+                rows.append([f"{method}, {label}", to_checkpoint, to_original])
+    return _table(["128 x 128 blocks to one scale a row", "dB to the checkpoint", "dB to bf16"], rows)
 
 
 def _decibels(value: float | None) -> str:

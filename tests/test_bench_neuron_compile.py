@@ -505,21 +505,27 @@ def test_the_real_nxd_inference_takes_our_arguments(tmp_path: Path) -> None:
 
 
 _ON_CPU = """
+import contextlib
 import sys
 from pathlib import Path
 import harness
 harness.quiet()
 harness.install_stubs()
 import torch
+import neuron_fp8_loader
 from benchmarks.llama import Shape
 from benchmarks.neuron_compile import nxdi
 from benchmarks.neuron_compile.model import judge, make_case
 
 shape = Shape(hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1)
 case = make_case(Path(sys.argv[1]) / "llama", shape, 8, torch.float32)
-for tensors in (case.loaded, case.raw):
-    app = nxdi.build_app(case, False, on_cpu=True, attn_kernel_enabled=False)
-    with harness.loader_transform(lambda sd: dict(tensors)):
+enable = getattr(neuron_fp8_loader, "enable", None)
+if enable:
+    enable()
+for rescale, tensors in ((True, case.loaded), (False, case.raw)):
+    app = nxdi.build_app(case, rescale and bool(enable), on_cpu=True, attn_kernel_enabled=False)
+    # where there is no hook, its part is played here
+    with contextlib.nullcontext() if enable else harness.loader_transform(lambda sd: dict(tensors)):
         harness.load_on_cpu(app)
     with harness.ieee_decode(True), torch.no_grad():
         seen = judge(nxdi.last_logits(app, case.ids), case.reference()[-1])
