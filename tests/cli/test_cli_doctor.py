@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuron_fp8_loader import doctor, kernel
+from neuron_fp8_loader import kernel
+from neuron_fp8_loader.tools import doctor
 from neuron_fp8_loader.tools.doctor import NEURON_PACKAGES
 from tests.cli.helpers import run, run_json
 

@@ -151,7 +151,7 @@ def test_a_wrong_kernel_or_thread_count(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("module", ["numpy", "ml_dtypes"])
 def test_verify_without_its_extra(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     for name in ("arithmetic", "compare", "verify"):
-        monkeypatch.delitem(sys.modules, f"neuron_fp8_loader.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"neuron_fp8_loader.tools.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     assert f"verify needs {module}; install the extra" in one_line(run("verify", TINY))
 

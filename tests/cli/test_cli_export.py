@@ -19,8 +19,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict, parts
-from neuron_fp8_loader import export as exporting
+from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict
+from neuron_fp8_loader.tools import export as exporting
+from neuron_fp8_loader.tools import parts
 from neuron_fp8_loader.tools.export import STATE, ExportError, prepare_export
 from neuron_fp8_loader.tools.shards import NOTE
 from neuron_fp8_loader.tools.verify import verify_checkpoint
