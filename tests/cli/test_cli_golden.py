@@ -19,7 +19,7 @@ from tests.cli.helpers import UPDATE, run, run_json, steady
 from tests.support import ROOT, SHARED, TINY
 
 GOLDEN = Path(__file__).parent / "golden"
-DOCS = (ROOT / "docs" / "cli.md", *(ROOT / name for name in ("README.md", "docs/README-draft.md")))
+DOCS = (ROOT / "docs" / "cli.md", ROOT / "README.md")
 REAL = sorted(file.stem.removeprefix("inspect-") for file in GOLDEN.glob("inspect-*.json"))
 COMMANDS = {
     "inspect": ("inspect", "CKPT"),
