@@ -24,7 +24,7 @@ def scale_values(scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, threads: int = 1) -> torch.Tensor:
-    """``weight x scale``, rounded once.
+    """``weight x scale``, in float32, then rounded to bfloat16.
 
     Args:
         weight: float8_e4m3fn [rows, columns] or [experts, rows, columns]; any shape with one scale for all.

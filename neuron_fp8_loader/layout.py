@@ -7,7 +7,7 @@ What will be done with each pair is decided from the headers alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -47,6 +47,15 @@ class Layout:
         return {pair.weight for pair in (*self.requantised, *self.dequantised)}
 
 
+def within(layout: Layout, names: Collection[str]) -> Layout:
+    """The part of a layout that concerns these tensors."""
+    return Layout(
+        tuple(p for p in layout.requantised if p.weight in names),
+        tuple(p for p in layout.dequantised if p.weight in names),
+        {name: shape for name, shape in layout.reshaped.items() if name in names},
+    )
+
+
 def module_of(weight: str) -> str:
     """The module that a weight belongs to: its name without ``.weight`` and its like."""
     for suffix in (".weight._data", "._weight_qdata", ".weight"):
@@ -71,28 +80,49 @@ def plan_layout(plan: Plan, options: Options) -> Layout:
         unused.difference_update(matching)
         if matching:
             dequantised.append(pair)
+            kind, shape = pair.granularity.kind, plan.tensors[pair.weight].shape
+            if kind == "unknown" or (kind != "tensor" and len(shape) not in (2, 3)):
+                problems.append(f"{pair.weight}: cannot be dequantised; {_unknown(plan, pair)}")
             continue
         if options.layout == "keep":
             continue
         try:
-            shape = _shape(plan, pair, options.layout)
+            wanted = _shape(plan, pair, options.layout)
         except ValueError as error:
             problems.append(f"{pair.weight}: {error}")
             continue
-        if shape is None:
+        if wanted is None:
             requantised.append(pair)
-        elif shape != plan.tensors[pair.scale].shape or _is_bytes(plan, pair):
-            reshaped[pair.scale] = shape
-    problems += [f"dequantize={pattern!r} matches no FP8 module" for pattern in sorted(unused)]
+        elif reshaped.setdefault(pair.scale, wanted) != wanted:
+            problems.append(f"{pair.scale}: belongs to several weights, which would need it in different shapes")
+    reshaped = {n: s for n, s in reshaped.items() if s != plan.tensors[n].shape or _is_bytes(plan.tensors[n].dtype)}
+    problems += [f"dequantize={pattern!r} {_no_match(plan, pattern)}" for pattern in sorted(unused)]
     shared = [g for g in plan.groups if len(g) > 1 and any(p in requantised or p in dequantised for p in g)]
     problems += [f"{g[0].scale}: belongs to {len(g)} weights, which cannot be laid out apart" for g in shared]
+    if plan.fnuz and options.layout != "keep":
+        problems += [
+            f'{name}: is float8_e4m3fnuz, whose scales are not laid out; layout="keep", and shape them yourself'
+            for name in plan.fnuz
+        ]
     if problems:
         raise PlanError(plan.source, problems)
     return Layout(tuple(requantised), tuple(dequantised), reshaped)
 
 
-def _is_bytes(plan: Plan, pair: Pair) -> bool:
-    return plan.tensors[pair.scale].dtype in ("uint8", "float8_e8m0fnu")
+def _is_bytes(dtype: str) -> bool:
+    return dtype in ("uint8", "float8_e8m0fnu")
+
+
+def _unknown(plan: Plan, pair: Pair) -> str:
+    weight, scale = plan.tensors[pair.weight].shape, plan.tensors[pair.scale].shape
+    return f"which part of a weight of shape {list(weight)} a scale of shape {list(scale)} covers is not known"
+
+
+def _no_match(plan: Plan, pattern: str) -> str:
+    others = [name for name in (*plan.unscaled, *plan.fnuz) if fnmatchcase(module_of(name), pattern)]
+    if not others:
+        return "matches no FP8 module"
+    return f'matches only FP8 weights without a scale (unscaled="dequantize") or float8_e4m3fnuz: {others[0]}'
 
 
 def _shape(plan: Plan, pair: Pair, layout: str) -> tuple[int, ...] | None:
@@ -115,20 +145,26 @@ def _shape(plan: Plan, pair: Pair, layout: str) -> tuple[int, ...] | None:
         transposed = pair.convention in _TRANSPOSED
         rows = (weight[0], 1, weight[2]) if transposed else (weight[0], weight[1], 1)
         # "unknown" where a stack of square matrices leaves it open: the convention tells
+        # only what is one value a row for sure: a grid of blocks may have as many values by chance
+        shapes = {rows, (weight[0], max(rows[1:]))}
+        if transposed:
+            shapes.add((weight[0], weight[2], 1))
         right = kind in (("column", "unknown") if transposed else ("row", "unknown"))
-        if kind == "tensor" or (right and math.prod(scale) == math.prod(rows)):
+        if kind == "tensor" or (right and scale in shapes):
             return rows
         if kind == "block" and experts and not transposed:
             return None
+    if kind == "unknown":
+        raise ValueError(f'{_unknown(plan, pair)}; layout="keep" leaves it as it is')
     raise ValueError(
-        f"a scale of shape {list(scale)} for a weight of shape {list(weight)} cannot be laid out per row; "
-        'dequantize=[...] with its module\'s name, or layout="keep"'
+        f"a scale of shape {list(scale)} (per {pair.granularity}) for a weight of shape {list(weight)} cannot be laid "
+        'out per row; dequantize=[...] with its module\'s name, or layout="keep"'
     )
 
 
 def check_layout(layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ScaleError for block scales that cannot become row scales, before anything is written."""
-    bad = []
+    bad, torn = [], []
     for pair in layout.requantised:
         values = scale_values(tensors[pair.scale])
         # a row's largest value may be 448 times its scale, and its new scale must be a float32
@@ -137,9 +173,11 @@ def check_layout(layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor]
             bad.append(f"{plan.where(pair.scale)}: {int((~good).sum())} of {values.numel()}")
     for pair, twin in _twins(layout, tensors).items():
         if (pair in layout.dequantised) != (twin in layout.dequantised):
-            bad.append(f"{plan.where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
+            torn.append(f"{plan.where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
         elif not torch.equal(scale_values(tensors[pair.scale]), scale_values(tensors[twin.scale])):
-            bad.append(f"{plan.where(pair.scale)}: differs from {twin.scale}, but their weights are one tensor")
+            torn.append(f"{plan.where(pair.scale)}: differs from {twin.scale}, but their weights are one tensor")
+    if torn:
+        raise ScaleError(f"weights that are one tensor and should become two, {listing('pair', torn)}")
     if bad:
         raise ScaleError(f"block scales that are negative, not finite or too large, {listing('tensor', bad)}")
 
@@ -174,11 +212,13 @@ def apply_layout(layout: Layout, tensors: dict[str, torch.Tensor], threads: int,
     for pair in layout.dequantised:
         del tensors[pair.scale]
     for name, shape in layout.reshaped.items():
-        value = scale_values(tensors[name]).float() if is_e8m0(tensors[name]) else tensors[name]
+        scale = tensors[name].detach()
+        value = scale_values(scale).float() if is_e8m0(scale) else scale
         tensors[name] = _expanded(value, shape)
     errors: dict[str, Error] = {}
     for name, error in done:
         errors[name] = errors.get(name, Error()) + error
+    errors.update((p.weight, errors[twin.weight]) for p, twin in twins.items() if twin.weight in errors)
     return errors
 
 

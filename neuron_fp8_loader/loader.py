@@ -15,7 +15,7 @@ import torch
 from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from .errors import CheckpointError, listing
 from .formats import E4M3FN, FNUZ, HALF
-from .layout import check_layout, plan_layout
+from .layout import Layout, check_layout, plan_layout, within
 from .options import Options
 from .plan import Plan, plan_for
 from .reader import Decision, WeightJob, find_overflow, read
@@ -25,9 +25,9 @@ from .rules import (
     check_weights,
     dequantized,
     finish_layout,
+    laid_out_overflow,
     make_report,
     new_scales,
-    requantised_overflow,
 )
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -102,8 +102,9 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     names = {info.name for info in infos}
     threads, table = options.thread_count(), options.table
     layout = plan_layout(plan, options)
-    _check_together(plan, names, options)
+    _check_together(layout, plan, names)
     _check_unscaled_first(plan, names, options)
+    layout = within(layout, names)
 
     jobs = {name: WeightJob(HALF) for name in plan.unscaled}
     jobs |= {name: WeightJob(FNUZ, Decision(convert=True)) for name in plan.fnuz}
@@ -125,7 +126,9 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     tensors, counts = read(infos, here, threads, options.progress)
     check_weights(plan, counts, options)
     convert = {scale for scale, decision in decisions.items() if decision.convert}
-    any_converted = bool(convert) or requantised_overflow(layout, counts) or _others_convert(plan, names, options)
+    any_converted = (
+        bool(convert) or laid_out_overflow(layout, counts, options) or _others_convert(plan, names, options)
+    )
     scales = new_scales(plan, tensors, convert, any_converted, options)
     check_layout(layout, plan, tensors)
     weights = {name for name in here if plan.scale_of.get(name) in convert}
@@ -135,10 +138,9 @@ def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> t
     return finish_layout(layout, tensors, report, inplace=True), report
 
 
-def _check_together(plan: Plan, names: Collection[str], options: Options) -> None:
-    if options.layout == "keep" and not options.dequantize:
-        return
-    apart = [f"{p.weight} / {p.scale}" for p in plan.pairs if (p.weight in names) != (p.scale in names)]
+def _check_together(layout: Layout, plan: Plan, names: Collection[str]) -> None:
+    touched = [p for p in plan.pairs if p.weight in layout.raw or p.scale in layout.reshaped]
+    apart = [f"{p.weight} / {p.scale}" for p in touched if (p.weight in names) != (p.scale in names)]
     if apart:
         raise CheckpointError(
             f"{plan.source}: layout and dequantize need a weight and its scale together; load the directory instead "
@@ -165,7 +167,7 @@ def _others_convert(plan: Plan, names: Collection[str], options: Options) -> boo
 
 
 def _load_bin(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
-    # torch maps the files lazily, so loading the siblings of a single shard costs what its pairs need
+    # all of them, even for one shard of several: right, but not fast; .bin shards are not made to be read in parts
     loaded = {name: value for file in checkpoint.files for name, value in load_bin(file).items()}
     state_dict, report = rescale_planned(loaded, plan, options, inplace=False)
     if checkpoint.selected != frozenset(checkpoint.files):

@@ -37,7 +37,7 @@ class Options:
         layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
             are requantised, see ``requantise``), ``"per_tensor"`` [1].
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
-            scales are dropped.
+            weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
         progress: show a progress bar; default: on a terminal, for loads that last.
     """

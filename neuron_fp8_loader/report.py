@@ -72,27 +72,32 @@ class Report:
     def summary(self) -> str:
         """One line."""
         counts, codes = self.counts, sum(w.numel for w in self.weights)
-        parts = [
-            f"{self.tensors} tensors",
-            f"{len(self.rescaled)} of {len(self.weights)} FP8 weights rescaled ({self.method})",
-            f"{counts.above} of {codes} codes were above 240",
-            f"{self.rounded} rounded",
-            f"{counts.nan} NaN",
-        ]
+        parts = [f"{self.tensors} tensors", *self._done(), f"{counts.above} of {codes} codes were above 240"]
+        if self.rescaled or not self.requantized:
+            parts.append(f"{self.rounded} rounded")
+        parts.append(f"{counts.nan} NaN")
         if self.activation_scales:
             parts.append(f"{self.activation_scales} activation scales rescaled")
-        if self.dequantized:
-            parts.append(f"{len(self.dequantized)} weights dequantised")
-        if self.requantized:
-            parts.append(f"{len(self.requantized)} block -> row, {self._sqnr()}")
         speed = f"{size(self.nbytes)} in {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"
         return f"{', '.join(parts)}; {speed} ({self.kernel}, {self.threads} threads)"
 
+    def _done(self) -> list[str]:
+        """What became of the FP8 weights."""
+        if not self.requantized:
+            done = [f"{len(self.rescaled)} of {len(self.weights)} FP8 weights rescaled ({self.method})"]
+        else:
+            done = [f"{len(self.requantized)} of {len(self.weights)} FP8 weights block -> row, {self._sqnr()}"]
+            if self.rescaled:
+                done.append(f"{len(self.rescaled)} rescaled ({self.method})")
+        if self.dequantized:
+            done.append(f"{len(self.dequantized)} weights dequantised")
+        return done
+
     def _sqnr(self) -> str:
         worst = min(self.requantized.values())
-        if math.isinf(worst):
-            return "exact"
         finite = [value for value in self.requantized.values() if math.isfinite(value)]
+        if not finite:
+            return "exact"
         return f"SQNR worst {worst:.1f} dB, mean {sum(finite) / len(finite):.1f} dB"
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ except ImportError:  # installed without a compiler
     _kernel = None  # type: ignore[assignment]
 
 _TILE = 1 << 21  # bytes worked on at a time
+_AT_ONCE = 1 << 14  # scales whose candidates are compared at a time
 _GRID = 32  # evenly spaced candidates for a mantissa
 _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, which make those blocks exact
 
@@ -76,8 +77,8 @@ def tiles(
 def requantise(tile: Tile) -> Error:
     """Requantise one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
     scales = tile.scales
-    largest = _largest(tile)
-    mantissas = best_mantissas(scales).repeat_interleave(tile.block[0])[: largest.numel()]
+    largest, occupied = _largest(tile)
+    mantissas = best_mantissas(torch.where(occupied, scales, 0.0)).repeat_interleave(tile.block[0])[: largest.numel()]
     exponent = torch.frexp(largest / (NEURON_MAX * mantissas)).exponent
     # frexp gives [0.5, 1) x 2^exponent: one exponent less will do for exactly 0.5
     exponent = torch.where(largest <= NEURON_MAX * torch.ldexp(mantissas, exponent - 1), exponent - 1, exponent)
@@ -98,8 +99,11 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
         float64 [block rows], exact in float32. The expected error counts blocks by their energy (scale squared) and
         takes all significands for equally frequent.
     """
-    fractions = torch.frexp(scales).mantissa * 2  # [1, 2), and 0
     rows, across = scales.shape
+    step = max(1, _AT_ONCE // max(1, across))
+    if rows > step:  # the comparison holds a value a scale and candidate
+        return torch.cat([best_mantissas(part) for part in scales.split(step)])
+    fractions = torch.frexp(scales).mantissa * 2  # [1, 2), and 0
     # most energy first; the float32 value, so that a candidate is what will be written
     order = scales.argsort(dim=1, descending=True)[:, : min(across, _FROM_SCALES)]
     own = fractions.gather(1, order).float().double()
@@ -112,7 +116,8 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
     ratio = fractions.float()[:, None, :] / candidates.float()[:, :, None]  # [block rows, candidates, block columns]
     ratio = torch.where(ratio < 1, ratio * 2, ratio)
     error = _ROUNDING_ERROR[((ratio - 1) * _STEPS).int().clamp(0, _STEPS - 1)]
-    cost = torch.einsum("rcb,rb->rc", error, energy.float())
+    # float64: the order of a sum must not decide between two candidates
+    cost = torch.einsum("rcb,rb->rc", error.double(), energy)
     return candidates.gather(1, cost.argmin(dim=1, keepdim=True)).squeeze(1)
 
 
@@ -145,21 +150,29 @@ def _values() -> torch.Tensor:
 _VALUES = _values()
 
 
-def _largest(tile: Tile) -> torch.Tensor:
-    """float64 [rows]: the largest magnitude of each row."""
+def _slices(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Rows to do at a time in torch, whose temporaries take some 40 bytes a weight."""
+    step = max(1, (1 << 18) // max(1, columns))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)] if columns else []
+
+
+def _largest(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest magnitude of each row, float64 [rows]; and which blocks hold more than zeros, bool as the scales."""
     rows, columns = tile.src.shape
     height, width = tile.block
     across = tile.scales.shape[1]
     top = torch.zeros(rows, across, dtype=torch.uint8, device="cpu")
     if kernel.active != "torch" and tile.src.numel():
         _kernel.run_max(tile.src.data_ptr(), rows, columns, width, top.data_ptr())
-    elif tile.src.numel():
-        codes = tile.src & 0x7F
-        codes = torch.where(codes == NAN_CODE, 0, codes)
-        padded = torch.nn.functional.pad(codes, (0, across * width - columns))
-        top = padded.view(rows, across, width).amax(dim=2)
+    else:
+        for first, last in _slices(rows, columns):
+            codes = tile.src[first:last] & 0x7F
+            codes = torch.where(codes == NAN_CODE, 0, codes)
+            padded = torch.nn.functional.pad(codes, (0, across * width - columns))
+            top[first:last] = padded.view(last - first, across, width).amax(dim=2)
     values = _VALUES[top.int()] * tile.scales.repeat_interleave(height, dim=0)[:rows]
-    return values.amax(dim=1)
+    whole = torch.nn.functional.pad(top, (0, 0, 0, tile.scales.shape[0] * height - rows))
+    return values.amax(dim=1), whole.view(-1, height, across).amax(dim=1) > 0
 
 
 def _look_up(tile: Tile, row_scales: torch.Tensor) -> Error:
@@ -173,15 +186,26 @@ def _look_up(tile: Tile, row_scales: torch.Tensor) -> Error:
         return Error(*_kernel.requantise(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
     height, width = tile.block
     before = tile.scales.repeat_interleave(height, dim=0)[:rows]
+    total = Error()
+    for first, last in _slices(rows, columns):
+        part = slice(first, last)
+        total += _look_up_torch(tile.src[part], tile.dst[part], before[part], row_scales[part], width)
+    return total
+
+
+def _look_up_torch(
+    src: torch.Tensor, dst: torch.Tensor, before: torch.Tensor, row_scales: torch.Tensor, width: int
+) -> Error:
+    columns = src.shape[1]
     ratios, which = torch.unique(before / row_scales[:, None], return_inverse=True)
     tables = _codes_of(_VALUES * ratios[:, None])
     tables[:, NAN_CODE] = NAN_CODE
+    codes = src & 0x7F
     # the index of an element's entry in all tables laid end to end
-    index = which.repeat_interleave(width, dim=1)[:, :columns] * 128 + (tile.src & 0x7F)
-    new = tables.view(-1)[index]
-    was = _VALUES[(tile.src & 0x7F).int()] * before.repeat_interleave(width, dim=1)[:, :columns]
+    new = tables.view(-1)[which.repeat_interleave(width, dim=1)[:, :columns] * 128 + codes]
+    was = _VALUES[codes.int()] * before.repeat_interleave(width, dim=1)[:, :columns]
     change = _VALUES[new.int()] * row_scales[:, None] - was
-    tile.dst.copy_(new | (tile.src & 0x80))
+    dst.copy_(new | (src & 0x80))
     return Error(float(was.square().sum()), float(change.square().sum()))
 
 

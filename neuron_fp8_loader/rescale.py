@@ -24,9 +24,9 @@ from .rules import (
     check_weights,
     dequantized,
     finish_layout,
+    laid_out_overflow,
     make_report,
     new_scales,
-    requantised_overflow,
 )
 from .scales import rescaled
 from .sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
@@ -71,7 +71,7 @@ def rescale_planned(
     counts = _count(plan, tensors, table, threads)
     check_weights(plan, counts, options)
     convert = _decide(plan, tensors, counts, options) - layout.raw
-    any_converted = bool(convert) or requantised_overflow(layout, counts)
+    any_converted = bool(convert) or laid_out_overflow(layout, counts, options)
     scales = new_scales(plan, tensors, {plan.scale_of[w] for w in convert}, any_converted, options)
     check_layout(layout, plan, tensors)
     _check_neighbours(plan, tensors, convert, scales, layout.raw)

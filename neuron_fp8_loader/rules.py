@@ -113,9 +113,10 @@ def make_report(
     )
 
 
-def requantised_overflow(layout: Layout, counts: Mapping[str, Counts]) -> bool:
-    """Is any weight that the layout step requantises one that did not fit?"""
-    return any(pair.weight in counts and counts[pair.weight].above for pair in layout.requantised)
+def laid_out_overflow(layout: Layout, counts: Mapping[str, Counts], options: Options) -> bool:
+    """Does the layout step change a weight that the rescale would have changed? Activation scales hang on that."""
+    seen = [counts[p.weight] for p in (*layout.requantised, *layout.dequantised) if p.weight in counts]
+    return any(options.always or c.above for c in seen)
 
 
 def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, inplace: bool) -> dict[str, Any]:

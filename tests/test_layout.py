@@ -15,6 +15,7 @@ from neuron_fp8_loader import (
     CheckpointError,
     OptionError,
     PlanError,
+    conventions,
     load_checkpoint,
     load_file,
     load_state_dict,
@@ -109,6 +110,18 @@ def test_experts_with_scales_of_their_inputs_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match="cannot be laid out per row"):
         rescale_state_dict({name: weight(4, 32, 32), scale_name: torch.ones(scale_shape)}, layout="per_channel")
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale_shape"),
+    [((2, 768, 6144), (2, 8, 96)), ((2, 64, 128), (2, 8, 8)), ((2, 192, 192), (2, 2, 96)), ((2, 384, 64), (2, 4, 96))],
+)
+def test_a_grid_with_as_many_values_as_rows_is_not_one_a_row(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...]
+) -> None:
+    sd = {"e.gate_up_proj": weight(*shape), "e.gate_up_proj_scale_inv": torch.rand(scale_shape) + 0.5}
+    with pytest.raises(PlanError, match="is not known"):
+        rescale_state_dict(sd, layout="per_channel")
 
 
 def test_expert_blocks() -> None:
@@ -235,3 +248,93 @@ def test_real_checkpoints(name: str) -> None:
     for pair in done.plan.pairs:
         assert done.state_dict[pair.scale].shape == (done.state_dict[pair.weight].shape[0], 1)
         assert np.isfinite(ieee_e4m3(done.state_dict[pair.weight])).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+def test_what_cannot_be_dequantised_is_refused_before_anything_is_written(shape: tuple[int, ...]) -> None:
+    sd = {W: weight(48, 32), S: torch.ones(1), "b.weight": weight(48, 32, seed=1), "b.weight_scale": torch.ones(shape)}
+    before = {name: raw(t).copy() for name, t in sd.items()}
+    with pytest.raises(PlanError, match=r"b\.weight: cannot be dequantised"):
+        rescale_state_dict(sd, inplace=True, dequantize=["b"])
+    for name, t in sd.items():
+        np.testing.assert_array_equal(raw(t), before[name])
+
+
+def test_a_pattern_for_weights_without_a_scale_says_so() -> None:
+    with pytest.raises(PlanError, match=r"dequantize=.m. matches only FP8 weights without a scale \(unscaled="):
+        rescale_state_dict({"m.weight": weight(8, 8), W: weight(8, 8), S: torch.ones(1)}, dequantize="m")
+
+
+def test_fnuz_scales_are_not_laid_out() -> None:
+    sd = {W: weight(8, 8).float().clamp(-240, 240).to(torch.float8_e4m3fnuz), S: torch.ones(1)}
+    assert rescale_state_dict(sd)[S].shape == (1,)
+    with pytest.raises(PlanError, match="float8_e4m3fnuz, whose scales are not laid out"):
+        rescale_state_dict(sd, layout="per_channel")
+
+
+@pytest.mark.parametrize("options", [{"layout": "per_channel"}, {"dequantize": ["*"]}])
+def test_shards_loaded_alone_go_together(tmp_path: Path, options: dict[str, object]) -> None:
+    files, where = {}, {}
+    for n in (1, 2, 3):
+        name = f"model-{n:05d}-of-00003.safetensors"
+        files[name] = {f"m{n}.weight": weight(256, 160, seed=n), f"m{n}.weight_scale_inv": torch.rand(2, 2) + 0.5}
+        if n == 3:
+            files[name] = {"plain.weight": torch.ones(3)}
+        save_file(files[name], tmp_path / name)
+        where |= dict.fromkeys(files[name], name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    whole = load_state_dict(tmp_path, **options)
+    parts: dict[str, torch.Tensor] = {}
+    for name in files:
+        parts |= load_file(tmp_path / name, **options)
+    assert set(parts) == set(whole)
+    for name, t in whole.items():
+        np.testing.assert_array_equal(raw(parts[name]), raw(t))
+
+
+def test_a_pair_apart_matters_only_where_it_is_touched(tmp_path: Path) -> None:
+    first = {W: weight(8, 8), "b.weight": weight(8, 8), "b.weight_scale": torch.ones(8)}
+    save_file(first, tmp_path / "m-00001-of-00002.safetensors")
+    save_file({S: torch.ones(8)}, tmp_path / "m-00002-of-00002.safetensors")
+    where = dict.fromkeys(first, "m-00001-of-00002.safetensors") | {S: "m-00002-of-00002.safetensors"}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    alone = load_file(tmp_path / "m-00001-of-00002.safetensors", dequantize=["b"])
+    assert alone["b.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 2),
+        ({"layout": "per_channel"}, 2),
+        ({"dequantize": ["a"]}, 2),
+        ({"layout": "per_channel", "activation_scales": "keep"}, 1),
+    ],
+)
+@pytest.mark.parametrize("fits", [False, True])
+def test_activation_scales_follow_the_weights(options: dict[str, object], factor: int, fits: bool) -> None:
+    w = weight(256, 256)
+    if fits:
+        w = w.float().clamp(-200, 200).to(torch.float8_e4m3fn)
+    sd = {"a.weight": w, "a.weight_scale": torch.rand(2, 2) + 0.5, "self_attn.k_scale": torch.ones(1)}
+    assert rescale_state_dict(sd, **options)["self_attn.k_scale"] == (1 if fits else factor)
+    assert rescale_state_dict(sd, always=True, **options)["self_attn.k_scale"] == factor
+
+
+def test_parameters_come_out_without_a_graph() -> None:
+    w = weight(8, 8).float().clamp(-200, 200).to(torch.float8_e4m3fn)
+    sd = {W: torch.nn.Parameter(w, requires_grad=False), S: torch.nn.Parameter(torch.ones(8))}
+    assert rescale_state_dict(sd, layout="per_channel")[S].grad_fn is None
+
+
+def test_one_scale_for_weights_of_different_shapes_is_refused() -> None:
+    rules = [conventions.Convention(f"test_{n}", f"{{}}.{n}", "{}.sc", "a test") for n in ("w1", "w3")]
+    for rule in rules:
+        conventions.register(rule)
+    sd = {"m.w1": weight(64, 32), "m.w3": weight(48, 32), "m.sc": torch.ones(1)}
+    try:
+        with pytest.raises(PlanError, match=r"m\.sc: belongs to several weights"):
+            rescale_state_dict(sd, layout="per_channel")
+    finally:
+        for rule in rules:
+            conventions.unregister(rule.name)

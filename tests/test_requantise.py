@@ -172,3 +172,38 @@ def test_mantissas() -> None:
     got = best_mantissas(many)
     assert ((got >= 1) & (got < 2)).all()
     assert torch.equal(got.float().double(), got)
+
+
+@pytest.mark.parametrize("empty", [1, 4, 7])
+def test_empty_blocks_have_no_say(empty: int) -> None:
+    """Padding with the default scale of 1 beside real scales: still no worse than the public formula."""
+    weight, scale = blocks(np.random.default_rng(7), 256, 1024, (128, 128))
+    weight.view(torch.uint8)[:, : empty * 128] = 0
+    scale[:, :empty] = 1.0
+    values = e4m3fn(weight) * expand(scale, (128, 128), (256, 1024))
+    new, row_scale = per_row(weight, scale)
+    assert sqnr(values, e4m3fn(new) * row_scale.double().numpy()) >= sqnr(values, public_formula(values))
+
+
+def test_scales_forty_orders_apart_are_reported() -> None:
+    weight, _ = blocks(np.random.default_rng(8), 128, 256, (128, 128))
+    weight.view(torch.uint8)[:, :128] = 0
+    sd = {"a.weight": weight, "a.weight_scale": torch.tensor([[1e20, 1e-20]])}
+    plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
+    _, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    assert report.requantized["a.weight"] > 100
+    assert "1 of 1 FP8 weights block -> row" in report.summary()
+
+
+def test_tied_weights_are_both_reported() -> None:
+    weight, scale = blocks(np.random.default_rng(9), 128, 256, (128, 128))
+    sd = {"a.weight": weight, "a.weight_scale": scale, "b.weight": weight, "b.weight_scale": scale}
+    plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
+    _, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    assert set(report.requantized) == {"a.weight", "b.weight"}
+
+
+def test_mantissas_of_many_rows_are_those_of_each() -> None:
+    scales = torch.rand(300, 200, dtype=torch.float64) + 0.1
+    together = best_mantissas(scales)
+    assert torch.equal(together, torch.cat([best_mantissas(row[None]) for row in scales]))

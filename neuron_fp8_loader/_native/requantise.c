@@ -1,5 +1,6 @@
 #include "requantise.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,7 +48,7 @@ static void begin(entry *e, const number_line *line, double before, double after
     e->table[NAN_CODE] = NAN_CODE;
     e->before = before;
     e->after = after;
-    e->ratio = (float)ratio;
+    e->ratio = ratio < FLT_MAX ? (float)ratio : FLT_MAX; /* only zeros can meet a ratio like this */
 }
 
 /* Entries of one block of the panel; within it the exponents tell the pairs apart: the row scales of a block row

@@ -35,6 +35,8 @@ def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str], source: str
         for old, new in names.items()
         if old in state_dict and new in state_dict and new not in names
     ]
+    there = [names[name] for name in state_dict if name in names]
+    taken += [f"{new}: two tensors would get this name" for new in sorted(set(there)) if there.count(new) > 1]
     if taken:
         raise PlanError(source, taken)
     return {names.get(name, name): value for name, value in state_dict.items()}

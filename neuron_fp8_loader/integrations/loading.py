@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import describe
+from ..declared import read_declared
 from ..loader import load_checkpoint
 from ..options import Options
 from ..plan import Plan, make_plan, plan_checkpoint
@@ -108,13 +109,13 @@ def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: A
     with _within(session):  # None too: a draft without the flag is not the target's business
         if session is None:
             return original(cls, path, config, *args, **kwargs)
-        state_dict = original(_ready_before_conversion(cls, session), path, config, *args, **kwargs)
+        state_dict = original(_ready_before_conversion(cls, session, path), path, config, *args, **kwargs)
     _check(state_dict, path, session)
     _warn_unquantized(state_dict, path, config)
     return state_dict
 
 
-def _ready_before_conversion(cls: Any, session: Session) -> type:
+def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
     """``cls``, but that what was read by another way (one file, a HF model) is rescaled before it is converted.
 
     A conversion may fuse, split and rename; before it, weights and scales still have the names of the checkpoint.
@@ -124,7 +125,8 @@ def _ready_before_conversion(cls: Any, session: Session) -> type:
     def convert_ready(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not session.read_ready:
             infos = {n: describe(n, t) for n, t in state_dict.items() if isinstance(t, torch.Tensor)}
-            plan = make_plan(infos, cls.__name__)
+            where = Path(path)
+            plan = make_plan(infos, cls.__name__, read_declared(where if where.is_dir() else where.parent))
             options = Options.of(session.options_for(plan))
             state_dict, _ = rescale_planned(state_dict, plan, options, inplace=True)
             state_dict = session.named(state_dict, plan)
