@@ -9,6 +9,7 @@ two the mantissa is 1, and nothing is rounded but what falls below the subnormal
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
     energy = (scales / scales.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).square()
     ratio = fractions.float()[:, None, :] / candidates.float()[:, :, None]  # [block rows, candidates, block columns]
     ratio = torch.where(ratio < 1, ratio * 2, ratio)
-    error = _ROUNDING_ERROR[((ratio - 1) * _STEPS).int().clamp(0, _STEPS - 1)]
+    error = _rounding_errors()[((ratio - 1) * _STEPS).int().clamp(0, _STEPS - 1)]
     # float64: the order of a sum must not decide between two candidates
     cost = torch.einsum("rcb,rb->rc", error.double(), energy)
     return candidates.gather(1, cost.argmin(dim=1, keepdim=True)).squeeze(1)
@@ -124,19 +125,18 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
 _STEPS = 4096
 
 
+@cache
 def _rounding_errors() -> torch.Tensor:
     """float32 [_STEPS]: for ratios from 1 to 2, the mean squared error of rounding significand x ratio to four bits,
     over the eight significands, in the units before the ratio."""
-    ratio = 1 + torch.arange(_STEPS, dtype=torch.float64, device="cpu") / _STEPS
-    total = torch.zeros_like(ratio)
-    for significand in range(8, 16):
-        value = significand * ratio
-        step = torch.where(value < 16, 1.0, 2.0)
-        total += (torch.round(value / step) * step - value).square()
-    return (total / ratio.square()).float()
 
+    def error(ratio: float) -> float:
+        values = [significand * ratio for significand in range(8, 16)]
+        changes = [(round(v) if v < 16 else 2 * round(v / 2)) - v for v in values]
+        return sum(change * change for change in changes) / (ratio * ratio)
 
-_ROUNDING_ERROR = _rounding_errors()
+    # not at import, where it would start threads: a process that forks later must not have any
+    return torch.tensor([error(1 + k / _STEPS) for k in range(_STEPS)], dtype=torch.float32, device="cpu")
 
 
 # -- the two passes over the codes: native, or torch with the same results -----------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,21 @@ def test_a_malformed_thread_variable(monkeypatch, value):
     monkeypatch.setenv("NEURON_FP8_LOADER_THREADS", value)
     with pytest.raises(OptionError, match="NEURON_FP8_LOADER_THREADS="):
         neuron_fp8_loader.rescale_state_dict({"a": torch.ones(1)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_may_fork_after_the_import():
+    """vLLM forks its workers. A torch operation run in parallel at import would leave them a pool without threads."""
+    code = (
+        "import os, time, torch, neuron_fp8_loader\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    torch.ones(1 << 22, dtype=torch.uint8).clone(); os._exit(0)\n"
+        "for _ in range(200):\n"
+        "    if os.waitpid(pid, os.WNOHANG)[0]: break\n"
+        "    time.sleep(0.1)\n"
+        "else:\n"
+        "    os.kill(pid, 9); raise SystemExit('the child hangs')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
