@@ -111,18 +111,18 @@ def _threads(made: Made, counts: Sequence[int], states: Sequence[str], repeats: 
     "--convention", type=click.Choice(convention_names()), default="weight_scale", help="Names of the scales."
 )
 @click.option("--scale", type=click.Choice(["row", "tensor", "block"]), default="row", help="What one scale covers.")
-@click.option("--repeats", type=click.IntRange(1), default=5, help="Rounds, page cache warm.")
+@click.option("--repeats", type=click.IntRange(1), default=3, help="Rounds, page cache warm.")
 @click.option(
-    "--cold-repeats", type=click.IntRange(0), default=3, help="Rounds, page cache dropped; 0 leaves them out."
+    "--cold-repeats", type=click.IntRange(0), default=2, help="Rounds, page cache dropped; 0 leaves them out."
 )
 @click.option(
     "--script-size", type=Size(), default="128MiB", help="Checkpoint for the whole README script, which is slow."
 )
-@click.option("--script-repeats", type=click.IntRange(0), default=3, help="Rounds with it; 0 leaves it out.")
+@click.option("--script-repeats", type=click.IntRange(0), default=1, help="Rounds with it; 0 leaves it out.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads of this loader; default as installed.")
 @click.option("--growth/--no-growth", default=True, help="Also measure how time grows with size and with threads.")
 @click.option(
-    "--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB", "2GiB"], help="For --growth."
+    "--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB"], help="For --growth."
 )
 @click.option("--thread-counts", type=int, multiple=True, default=[1, 2, 4, 8], help="For --growth.")
 @click.option(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+from typing import Any
 
 import torch
 
@@ -11,6 +14,29 @@ def allocate(nbytes: int) -> torch.Tensor:
     """Uninitialised uint8 [nbytes] on the CPU, whatever the default device is (a loader may run inside
     ``torch.device("meta")``)."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
+def populate(raw: torch.Tensor, start: int, end: int) -> None:
+    """Have the system back bytes of fresh memory at once, which is cheaper than a fault every 4 KiB as they are
+    written. Advice only: where it is not taken (before Linux 5.14) the faults come as ever."""
+    first = -(-(raw.data_ptr() + start) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (raw.data_ptr() + end) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _madvise is not None and last - first >= _WORTH_A_CALL:
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_POPULATE_WRITE)
+
+
+_MADV_POPULATE_WRITE = 23  # Linux, <asm-generic/mman-common.h>
+_WORTH_A_CALL = 16 * mmap.PAGESIZE
+
+
+def _find_madvise() -> Any:
+    try:
+        return ctypes.CDLL(None).madvise if os.uname().sysname == "Linux" else None
+    except (AttributeError, OSError):
+        return None
+
+
+_madvise = _find_madvise()
 
 
 def shaped(raw: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .checkpoint import TensorInfo
 from .errors import CheckpointError
 from .formats import Table
 from .kernel import Counts, translate
-from .memory import allocate, buffer, shaped
+from .memory import allocate, buffer, populate, shaped
 from .parallel import PIECE, pieces, progress, run
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
@@ -109,6 +109,8 @@ def read(
         advance = stack.enter_context(progress("reading", total, show_progress))
 
         def work(piece: _Piece) -> None:
+            for segment in piece.segments:
+                populate(raw[segment.name], segment.start, segment.end)
             _fill(handles[piece.file], piece, [memory[s.name][s.start : s.end] for s in piece.segments])
             for segment in piece.segments:
                 if segment.name in weights:
