@@ -121,9 +121,7 @@ def _threads(made: Made, counts: Sequence[int], states: Sequence[str], repeats: 
 @click.option("--script-repeats", type=click.IntRange(0), default=1, help="Rounds with it; 0 leaves it out.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads of this loader; default as installed.")
 @click.option("--growth/--no-growth", default=True, help="Also measure how time grows with size and with threads.")
-@click.option(
-    "--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB"], help="For --growth."
-)
+@click.option("--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB"], help="For --growth.")
 @click.option("--thread-counts", type=int, multiple=True, default=[1, 2, 4, 8], help="For --growth.")
 @click.option(
     "--directory",

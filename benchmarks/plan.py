@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import platform
+import math
 import statistics
 import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
-import safetensors
-import torch
-from rich.console import Console
 from rich.table import Table
 
-import neuron_fp8_loader
 from neuron_fp8_loader.checkpoint import open_checkpoint
 from neuron_fp8_loader.plan import plan_for
 
-RESULTS = Path(__file__).resolve().parent / "results" / "plan.json"
+from .common import RESULTS, console, machine, machine_line, write
+
 PHASES = ("open: index and headers", "plan: pairs and cross-checks", "summary")
 _BYTES = {"F8_E4M3": 1, "F32": 4, "BF16": 2}
 
 
-def names(count: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def names(count: int, model: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of ``count`` tensors, called as in DeepSeek-V3: 256 experts a layer, block scales."""
 
     def pair(module: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -40,7 +35,7 @@ def names(count: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     def endless() -> Iterator[tuple[str, str, tuple[int, ...]]]:
         layer = 0
         while True:
-            root = f"model.layers.{layer}"
+            root = f"{model}.layers.{layer}"
             yield f"{root}.input_layernorm.weight", "BF16", (16,)
             for part in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
                 yield from pair(f"{root}.self_attn.{part}")
@@ -56,7 +51,7 @@ def names(count: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield next(source)
 
 
-def make(directory: Path, tensors: int, shards: int) -> int:
+def make(directory: Path, tensors: int, shards: int, model: str) -> int:
     """Write the shards (real headers, data left as holes in the files) and the index; returns the number of pairs.
 
     Weights and scales are dealt to the shards in turn, so that many a pair lies in two of them.
@@ -66,9 +61,9 @@ def make(directory: Path, tensors: int, shards: int) -> int:
     weight_map: dict[str, str] = {}
     files = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
     there: set[str] = set()
-    for position, (name, dtype, shape) in enumerate(names(tensors)):
+    for position, (name, dtype, shape) in enumerate(names(tensors, model)):
         shard = position * shards // tensors if position % 10 else position % shards
-        start, ends[shard] = ends[shard], ends[shard] + torch.Size(shape).numel() * _BYTES[dtype]
+        start, ends[shard] = ends[shard], ends[shard] + math.prod(shape) * _BYTES[dtype]
         headers[shard][name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, ends[shard]]}
         weight_map[name] = files[shard]
         there.add(name)
@@ -101,51 +96,24 @@ def run(directory: Path, tensors: int, pairs: int) -> list[float]:
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                cpu = " ".join(line.split(":", 1)[1].split())
-                break
-    except OSError:
-        pass
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "safetensors": safetensors.__version__,
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--tensors", type=click.IntRange(min=4), default=100_000, help="Tensors in the index.")
 @click.option("--shards", type=click.IntRange(min=1), default=160, help="Files that they are dealt to.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Times that the plan is made.")
-@click.option(
-    "--json",
-    "path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=RESULTS,
-    show_default="benchmarks/results/plan.json",
-    help="Raw results.",
-)
-def main(tensors: int, shards: int, repeats: int, path: Path) -> None:
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS,
+              show_default="benchmarks/results", help="Directory of plan.json.")  # fmt: skip
+def main(tensors: int, shards: int, repeats: int, out: Path) -> None:
     """Make a checkpoint index like DeepSeek's on the fly, plan it from index and headers, and say what took how long.
 
     No weight data is read, so the tensors are small and empty; every plan is checked. Files are in the page cache.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "made"
-        directory.mkdir()
-        pairs = make(directory, tensors, shards)
         runs = []
         for number in range(repeats):
-            # under a name of its own, so that nothing can be remembered from the run before
-            directory = directory.rename(Path(temporary) / f"run{number}")
+            # other names in another place, so that nothing can be remembered from the run before
+            directory = Path(temporary) / f"run{number}"
+            directory.mkdir()
+            pairs = make(directory, tensors, shards, f"model{number}")
             runs.append(run(directory, tensors, pairs))
     totals = [sum(phases) for phases in runs]
     middle = statistics.median(totals)
@@ -156,26 +124,17 @@ def main(tensors: int, shards: int, repeats: int, path: Path) -> None:
     medians = [statistics.median(phases[i] for phases in runs) for i in range(len(PHASES))]
     for phase, seconds in zip((*PHASES, "together"), (*medians, middle), strict=True):
         shown.add_row(phase, f"{seconds:.3f}", f"{tensors / seconds:,.0f}")
-    found = machine()
-    Console().print(shown)
-    click.echo(f"{found['cpu']}, {found['cores']} cores; Python {found['python']}; from {min(totals):.2f} s to "
-               f"{max(totals):.2f} s")  # fmt: skip
-    data = {
-        "benchmark": "plan",
-        "version": neuron_fp8_loader.__version__,
-        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": found,
-        "settings": {"tensors": tensors, "shards": shards, "repeats": repeats},
-        "results": {
-            "pairs": pairs,
-            "tensors_per_s": tensors / middle,
-            "median_s": middle,
-            "phases_median_s": dict(zip(PHASES, medians, strict=True)),
-            "runs_s": totals,
-        },
+    console.print(shown)
+    console.print(machine_line(machine()), style="dim")
+    settings = {"tensors": tensors, "shards": shards, "repeats": repeats}
+    results = {
+        "pairs": pairs,
+        "tensors_per_s": tensors / middle,
+        "median_s": middle,
+        "phases_median_s": dict(zip(PHASES, medians, strict=True)),
+        "runs_s": totals,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write(out, "plan", settings, results)
 
 
 if __name__ == "__main__":

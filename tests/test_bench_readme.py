@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import __main__ as suite
-from benchmarks import fidelity, kernel, load, readme_table
+from benchmarks import fidelity, kernel, load, plan, readme_table
 from benchmarks.common import RESULTS
 from benchmarks.neuron_compile import __main__ as neuron_compile
 
@@ -117,7 +117,10 @@ def test_the_readme_of_this_repository() -> None:
 
 
 def test_every_benchmark_explains_itself() -> None:
-    for command in (suite.main, load.main, kernel.main, fidelity.main, neuron_compile.main, readme_table.main):
+    commands = (load.main, kernel.main, plan.main, fidelity.main, neuron_compile.main)
+    for command in commands:
+        assert any(option.name == "out" for option in command.params)  # the suite passes it
+    for command in (suite.main, *commands, readme_table.main):
         done = CliRunner().invoke(command, ["--help"])
         assert done.exit_code == 0
         assert len(done.output) > 400
