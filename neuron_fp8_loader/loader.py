@@ -15,13 +15,15 @@ import torch
 from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from .errors import CheckpointError, listing
 from .formats import E4M3FN, FNUZ, HALF
+from .kernel import Counts, translate
 from .layout import Layout, check_layout, plan_layout, within
 from .options import Options
 from .plan import Plan, plan_for
-from .reader import Decision, WeightJob, find_overflow, read
+from .reader import Decision, WeightJob, find_overflow, read, visit
 from .report import Report
 from .rescale import rescale_planned
 from .rules import (
+    add_up,
     check_weights,
     dequantized,
     finish_layout,
@@ -153,9 +155,9 @@ def _check_unscaled_first(plan: Plan, names: Collection[str], options: Options) 
     if options.unscaled != "error":
         return
     infos = [plan.tensors[name] for name in plan.unscaled if name in names]
-    if infos:
-        _, counts = read(infos, {info.name: WeightJob(HALF) for info in infos}, options.thread_count())
-        check_weights(plan, counts, options)
+    seen: list[tuple[str, Counts]] = []
+    visit(infos, lambda name, piece: seen.append((name, translate(piece, None, HALF))), options.thread_count())
+    check_weights(plan, add_up([info.name for info in infos], seen), options)
 
 
 def _others_convert(plan: Plan, names: Collection[str], options: Options) -> bool:

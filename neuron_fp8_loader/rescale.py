@@ -22,6 +22,7 @@ from .report import Report
 from .rules import (
     Tensors,
     check_weights,
+    count_codes,
     dequantized,
     finish_layout,
     laid_out_overflow,
@@ -118,18 +119,7 @@ def _count(plan: Plan, tensors: Tensors, table: Table, threads: int) -> dict[str
     tables = {pair.weight: table for pair in plan.pairs}
     tables |= dict.fromkeys(plan.unscaled, HALF) | dict.fromkeys(plan.fnuz, FNUZ)
     flat = {name: as_bytes(tensors[name].contiguous()) for name in tables}
-    jobs = [(name, *part) for name in tables for part in pieces(flat[name].numel())]
-    seen: list[tuple[str, Counts]] = []
-
-    def work(job: tuple[str, int, int]) -> None:
-        name, start, end = job
-        seen.append((name, translate(flat[name][start:end], None, tables[name])))
-
-    run(jobs, work, threads)
-    counts = dict.fromkeys(tables, Counts())
-    for name, part in seen:
-        counts[name] = counts[name] + part
-    return counts
+    return count_codes(flat, tables, threads)
 
 
 def _decide(plan: Plan, tensors: Tensors, counts: Mapping[str, Counts], options: Options) -> set[str]:

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from . import kernel
 from .errors import ScaleError, WeightError, listing
-from .kernel import Counts
+from .formats import Table
+from .kernel import Counts, translate
 from .layout import Layout, apply_layout
 from .options import Options
+from .parallel import pieces, run
 from .plan import Plan
 from .report import Report, WeightReport
 from .scales import check_scale, rescaled
 from .sharing import once_each
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+def count_codes(flat: Tensors, tables: Mapping[str, Table], threads: int) -> dict[str, Counts]:
+    """What each weight holds, by its own table; ``flat`` is the weights' bytes, uint8 [nbytes]. Nothing is written."""
+    jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
+    seen: list[tuple[str, Counts]] = []
+
+    def work(job: tuple[str, int, int]) -> None:
+        name, start, end = job
+        seen.append((name, translate(flat[name][start:end], None, tables[name])))
+
+    run(jobs, work, threads)
+    return add_up(flat, seen)
+
+
+def add_up(names: Iterable[str], seen: Iterable[tuple[str, Counts]]) -> dict[str, Counts]:
+    """The counts of each name's pieces, together; a name without pieces has none."""
+    counts = dict.fromkeys(names, Counts())
+    for name, part in seen:
+        counts[name] = counts[name] + part
+    return counts
 
 
 def check_weights(plan: Plan, counts: Mapping[str, Counts], options: Options) -> None:

@@ -10,10 +10,9 @@ import torch
 from .. import conventions
 from ..errors import WeightError, listing
 from ..formats import E4M3FN, HALF
-from ..kernel import Counts, translate
 from ..memory import as_bytes
 from ..options import Options
-from ..parallel import pieces, run
+from ..rules import count_codes
 from ..sharing import span
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)
@@ -29,17 +28,7 @@ def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) ->
         options: ``nan="keep"`` lets NaN codes through, which are NaN to a GPU too; nothing lets the others through.
     """
     flat = {name: _bytes(t) for name, t in state_dict.items() if _is_weight(name, t, state_dict)}
-    jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
-    seen: list[tuple[str, Counts]] = []
-
-    def work(job: tuple[str, int, int]) -> None:
-        name, start, end = job
-        seen.append((name, translate(flat[name][start:end], None, HALF)))
-
-    run(jobs, work, options.thread_count())
-    counts = dict.fromkeys(flat, Counts())
-    for name, part in seen:
-        counts[name] = counts[name] + part
+    counts = count_codes(flat, dict.fromkeys(flat, HALF), options.thread_count())
     bad = [f"{name}: {c.above} codes above 240" for name, c in counts.items() if c.above]
     if options.nan == "error":
         bad += [f"{name}: {c.nan} NaN codes" for name, c in counts.items() if c.nan]
