@@ -19,7 +19,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch==2.13.0 numpy
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard neuron_fp8_loader/_native/*)
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard neuron_fp8_loader/codes/_native/*)
 	$(PIP) -e .
 	@touch $@
 
@@ -53,4 +53,4 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info neuron_fp8_loader/*.so
+	rm -rf $(VENV) build dist *.egg-info neuron_fp8_loader/codes/*.so

@@ -60,7 +60,7 @@ def interleaved(contenders: Mapping[str, Callable[[], T]], repeats: int) -> dict
     return results
 
 
-def summarise(seconds: Sequence[float], nbytes: int, reference: Sequence[float] | None = None) -> dict[str, Any]:
+def summarize(seconds: Sequence[float], nbytes: int, reference: Sequence[float] | None = None) -> dict[str, Any]:
     """Median, range and raw times of one contender.
 
     Args:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import neuron_fp8_loader
-from neuron_fp8_loader.memory import as_bytes
+from neuron_fp8_loader.host.memory import as_bytes
 
 from .made import Made
 

@@ -10,7 +10,8 @@ import click
 import torch
 from safetensors.torch import load_file
 
-from neuron_fp8_loader import formats, neuron_view
+from neuron_fp8_loader import neuron_view
+from neuron_fp8_loader.codes import formats
 
 from . import score as scoring
 from . import sources
@@ -41,7 +42,7 @@ def by_code() -> dict[str, list[float | None]]:
 def logits(shape: Shape, tokens: int, batch: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     """KL divergence and top-1 agreement of a small Llama's next-token distributions.
 
-    Its linears are quantised with one scale a row; every way to fit +-240 is applied to all of them, and read with
+    Its linears are quantized with one scale a row; every way to fit +-240 is applied to all of them, and read with
     subnormals kept and with subnormals taken for zero. Against the checkpoint read as e4m3fn, and against bf16.
     """
     tensors = random_llama(shape, seed, gain=6.0)
@@ -178,7 +179,7 @@ def main(
     """What "half", "ratio", clamping to 240, and taking block scales to one scale a row do to the numbers.
 
     Over random weights of several distributions, and over real checkpoints whose bf16 originals are there: the share
-    of weights whose value changes, signal to quantisation noise (SQNR) and largest errors, against the checkpoint
+    of weights whose value changes, signal to quantization noise (SQNR) and largest errors, against the checkpoint
     and against the original. Then the logits of a small random Llama: KL divergence and top-1 agreement.
 
     It is not known whether a Neuron device takes FP8 subnormals for zero, so both readings are shown. All numbers are

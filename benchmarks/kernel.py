@@ -14,8 +14,8 @@ import torch
 
 import neuron_fp8_loader
 from neuron_fp8_loader import kernel
-from neuron_fp8_loader.formats import METHODS, Table
-from neuron_fp8_loader.parallel import pieces, run
+from neuron_fp8_loader.codes.formats import METHODS, Table
+from neuron_fp8_loader.host.parallel import pieces, run
 
 from . import layout
 from .common import (
@@ -28,7 +28,7 @@ from .common import (
     machine,
     machine_line,
     out_option,
-    summarise,
+    summarize,
     table,
     timed,
     write,
@@ -150,7 +150,7 @@ def measure(nbytes: int, threads: int, repeats: int, slow: bool) -> dict[str, di
         runs = interleaved(contenders, repeats)
     finally:
         torch.set_num_threads(intra)
-    return {name: summarise(seconds, nbytes, runs[MEMCPY]) for name, seconds in runs.items()}
+    return {name: summarize(seconds, nbytes, runs[MEMCPY]) for name, seconds in runs.items()}
 
 
 def measure_layout(side: int, repeats: int) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def measure_layout(side: int, repeats: int) -> dict[str, Any]:
     quality[plain] = layout.sqnr(true, half[names[0]].float() * layout.spread(half[names[1]], (side, side)))
     runs = interleaved(contenders, repeats)
     return {
-        name: summarise(seconds, side * side, runs[rival]) | {"sqnr_db": finite(quality[name])}
+        name: summarize(seconds, side * side, runs[rival]) | {"sqnr_db": finite(quality[name])}
         for name, seconds in runs.items()
     }
 

@@ -25,7 +25,7 @@ def spread(scale: torch.Tensor, shape: tuple[int, int], block: tuple[int, int] =
 
 
 def public_scripts(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the per-model preprocess scripts do: a float32 copy, dequantised block by block in a Python loop, divided
+    """What the per-model preprocess scripts do: a float32 copy, dequantized block by block in a Python loop, divided
     by each row's largest value / 240, cast.
 
     Args:
@@ -55,7 +55,7 @@ def ours(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Signal to quantisation noise in dB, float64; inf where they are equal."""
+    """Signal to quantization noise in dB, float64; inf where they are equal."""
     reference, other = reference.double(), other.double()
     noise = float((reference - other).square().sum())
     return float("inf") if noise == 0 else float(10 * torch.log10(reference.square().sum() / noise))

@@ -91,7 +91,7 @@ def random_llama(shape: Shape, seed: int = 0, gain: float = 1.0) -> dict[str, to
 
 
 class Linear(nn.Module):
-    """A linear layer whose weight may be FP8 with one scale a row, dequantised when it is used."""
+    """A linear layer whose weight may be FP8 with one scale a row, dequantized when it is used."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None

@@ -14,7 +14,7 @@ import click
 
 from . import pagecache
 from .apart import Run, run_apart
-from .common import Size, console, in_units, interleaved, machine, machine_line, out_option, summarise, table, write
+from .common import Size, console, in_units, interleaved, machine, machine_line, out_option, summarize, table, write
 from .contenders import CONTENDERS, OURS, REFERENCE, SCRIPT, Job
 from .load_plot import draw
 from .made import Made, convention_names, make
@@ -46,7 +46,7 @@ def summary(made: Made, runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]
     found = {}
     for name, done in runs.items():
         anonymous = [run.peak_anonymous for run in done if run.peak_anonymous is not None]
-        found[name] = summarise([run.seconds for run in done], made.nbytes, reference) | {
+        found[name] = summarize([run.seconds for run in done], made.nbytes, reference) | {
             "peak": max(run.peak for run in done),
             "peak_anonymous": max(anonymous) if anonymous else None,
             "peak_over_size": max(run.peak for run in done) / made.nbytes,
@@ -99,7 +99,7 @@ def _threads(made: Made, counts: Sequence[int], states: Sequence[str], repeats: 
         loads = {str(n): partial(compare, made, [OURS], state, 1, n) for n in counts}
         runs = {n: [done[OURS][0] for done in rounds] for n, rounds in interleaved(loads, repeats).items()}
         for count in counts:
-            entry = summarise([run.seconds for run in runs[str(count)]], made.nbytes)
+            entry = summarize([run.seconds for run in runs[str(count)]], made.nbytes)
             points.append({"threads": count, "state": state, **entry})
     return points
 

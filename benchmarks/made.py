@@ -79,7 +79,7 @@ def make(
         side //= 2
     count = max(1, round(nbytes / side**2))
     rng = np.random.default_rng(seed)
-    codes = _quantised(rng.standard_normal((side, side), dtype=np.float32))
+    codes = _quantized(rng.standard_normal((side, side), dtype=np.float32))
     tables = expected_tables()
     factors = {"raw": np.float32(1), "half": np.float32(2), "ratio": np.float32(448 / 240)}
     crc: dict[str, dict[str, int]] = {variant: {} for variant in VARIANTS}
@@ -128,7 +128,7 @@ def _scale_shape(side: int, scale: str) -> tuple[int, ...]:
     return {"row": (side, 1), "tensor": (), "block": (blocks, blocks)}[scale]
 
 
-def _quantised(values: np.ndarray) -> np.ndarray:
+def _quantized(values: np.ndarray) -> np.ndarray:
     scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
     # the division may end a hair above 448, which the cast takes for NaN
     return np.asarray((values / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8))

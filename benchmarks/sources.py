@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import neuron_fp8_loader
 from neuron_fp8_loader import Fp8LoaderError
-from neuron_fp8_loader.granularity import Granularity
+from neuron_fp8_loader.codes.granularity import Granularity
 
 from .layout import BLOCK, spread
 
@@ -27,7 +27,7 @@ class Weight:
         codes: float8_e4m3fn [out, in].
         scale: float32, as the checkpoint has it.
         spread: float32, the scale of every weight; broadcasts to [out, in].
-        original: what was quantised, bfloat16 [out, in].
+        original: what was quantized, bfloat16 [out, in].
         block: rows and columns of a block, where it has block scales.
     """
 
@@ -69,14 +69,14 @@ def distributions(side: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def per_row(original: torch.Tensor) -> Weight:
-    """Quantised with one scale a row, largest value 448."""
+    """Quantized with one scale a row, largest value 448."""
     scale = original.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448
     codes = (original.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return Weight(codes, scale, scale, original)
 
 
 def per_block(original: torch.Tensor, powers_of_two: bool = False) -> Weight:
-    """Quantised with one scale a 128 x 128 block, largest value 448; or the power of two from there up."""
+    """Quantized with one scale a 128 x 128 block, largest value 448; or the power of two from there up."""
     rows, columns = original.shape
     padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
     padded[:rows, :columns] = original.float().abs()

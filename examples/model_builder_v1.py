@@ -17,7 +17,7 @@ from neuron_fp8_loader import wrap_checkpoint_loader
 
 
 def model() -> torch.nn.Module:
-    """A model with one quantised layer, the first gate_proj of the example checkpoint."""
+    """A model with one quantized layer, the first gate_proj of the example checkpoint."""
     from neuronx_distributed.quantization.quantization_layers import QuantizedColumnParallel
 
     layer = QuantizedColumnParallel(

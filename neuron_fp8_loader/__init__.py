@@ -1,17 +1,18 @@
 """GPU FP8 (e4m3fn) checkpoints on AWS Trainium and Inferentia: in memory, at reading speed, losing nothing."""
 
-from . import conventions, kernel
+from . import conventions
+from .codes import kernel
+from .codes.formats import neuron_view
 from .errors import CheckpointError, Fp8LoaderError, OptionError, PlanError, ScaleError, WeightError
-from .formats import neuron_view
 from .integrations.model_builder import wrap_checkpoint_loader
 from .integrations.nxdi import disable, enable
 from .integrations.torch_module import rescale_on_load
-from .lazy import safe_open
-from .loader import LoadedCheckpoint, load_checkpoint, load_file, load_state_dict
+from .load.files import LoadedCheckpoint, load_checkpoint, load_file, load_state_dict
+from .load.report import Report
+from .load.slices import safe_open
+from .load.state_dict import rescale_state_dict
 from .options import Options
-from .plan import Plan, plan_checkpoint
-from .report import Report
-from .rescale import rescale_state_dict
+from .plan.pairs import Plan, plan_checkpoint
 
 __version__ = "0.1.0"
 

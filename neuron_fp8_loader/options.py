@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .codes.formats import METHODS, Table
 from .errors import OptionError
-from .formats import METHODS, Table
 
 THREADS_ENV = "NEURON_FP8_LOADER_THREADS"
 
@@ -35,7 +35,7 @@ class Options:
         activation_scales: static activation and KV cache scales, calibrated for +-448: ``"rescale"`` multiplies all
             of them by the method's factor if any weight was rescaled, ``"keep"`` leaves them.
         layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
-            are requantised, see ``requantise``), ``"per_tensor"`` [1].
+            are requantized, see ``requantize``), ``"per_tensor"`` [1].
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.

@@ -47,7 +47,7 @@ def fp8(values: np.ndarray) -> torch.Tensor:
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
-    """Signal to quantisation noise, dB."""
+    """Signal to quantization noise, dB."""
     noise = float(np.square(reference - other).sum())
     return float("inf") if noise == 0 else 10 * np.log10(float(np.square(reference).sum()) / noise)
 

@@ -24,7 +24,7 @@ def test_every_contender_runs_once_a_round_and_none_is_always_first() -> None:
 
 def test_the_ratio_is_taken_round_by_round() -> None:
     # the machine was ten times slower in the second round; both contenders felt it
-    found = common.summarise([1.0, 10.0, 1.0], 2_000_000_000, [2.0, 20.0, 2.0])
+    found = common.summarize([1.0, 10.0, 1.0], 2_000_000_000, [2.0, 20.0, 2.0])
     assert found["median_s"] == 1.0
     assert (found["min_s"], found["max_s"]) == (1.0, 10.0)
     assert found["gb_per_s"] == 2.0

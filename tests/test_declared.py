@@ -39,7 +39,7 @@ def test_promised_fp8_that_is_not_there(row: Row, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({}, "declares no quantisation"),
+        ({}, "declares no quantization"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "compressed-tensors", "format": "int-quantized",
           "config_groups": {"g": {"weights": {"type": "int", "num_bits": 8}}}}, "compressed-tensors int-quantized"),
@@ -79,7 +79,7 @@ def test_fp8_that_was_not_promised(section: dict[str, object], says: str, tmp_pa
         {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}},
         {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
         {"quant_method": "something new", "fp8": True},
-        {"quant_method": "ptpc_fp8"},  # quantises while loading: nothing is FP8 on disk
+        {"quant_method": "ptpc_fp8"},  # quantizes while loading: nothing is FP8 on disk
     ],
     ids=lambda section: str(list(section.values())[:2]),
 )

@@ -11,7 +11,7 @@ import torch
 from support import CODES, codes
 
 from neuron_fp8_loader import neuron_view
-from neuron_fp8_loader.formats import FNUZ, HALF, METHODS, NEURON_VALUES, RATIO, Table
+from neuron_fp8_loader.codes.formats import FNUZ, HALF, METHODS, NEURON_VALUES, RATIO, Table
 
 
 def bits_to_value(byte: int, *, bias: int = 7) -> float:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_fp8_loader.granularity import Granularity, granularity
+from neuron_fp8_loader.codes.granularity import Granularity, granularity
 
 
 @pytest.mark.parametrize(

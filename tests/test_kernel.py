@@ -14,8 +14,8 @@ import torch
 from support import CODES, ROOT
 
 from neuron_fp8_loader import OptionError, kernel
-from neuron_fp8_loader.formats import FNUZ, HALF, RATIO, Table
-from neuron_fp8_loader.kernel import Counts, translate
+from neuron_fp8_loader.codes.formats import FNUZ, HALF, RATIO, Table
+from neuron_fp8_loader.codes.kernel import Counts, translate
 
 LENGTHS = [*range(101), 127, 128, 129, 255, 256, 4095, 4096, 4097, 255 * 16, 255 * 16 + 1]
 BLOCK_EDGES = [255 * 32 - 1, 255 * 32, 255 * 32 + 1, 255 * 32 + 33, 2 * 255 * 32 + 7, 32767, 32768, 32769, 1 << 18]

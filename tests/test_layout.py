@@ -184,7 +184,7 @@ def test_from_files_as_in_memory(tmp_path: Path) -> None:
     assert json.dumps(read.report.to_dict())
 
 
-def test_tied_weights_are_requantised_once() -> None:
+def test_tied_weights_are_requantized_once() -> None:
     w, s = weight(256, 256), torch.rand(2, 2) + 0.5
     sd = {"a.weight": w, "a.weight_scale": s, "b.weight": w, "b.weight_scale": s}
     alone = rescale_state_dict({"a.weight": w.clone(), "a.weight_scale": s.clone()}, layout="per_channel")
@@ -251,10 +251,10 @@ def test_real_checkpoints(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5)])
-def test_what_cannot_be_dequantised_is_refused_before_anything_is_written(shape: tuple[int, ...]) -> None:
+def test_what_cannot_be_dequantized_is_refused_before_anything_is_written(shape: tuple[int, ...]) -> None:
     sd = {W: weight(48, 32), S: torch.ones(1), "b.weight": weight(48, 32, seed=1), "b.weight_scale": torch.ones(shape)}
     before = {name: raw(t).copy() for name, t in sd.items()}
-    with pytest.raises(PlanError, match=r"b\.weight: cannot be dequantised"):
+    with pytest.raises(PlanError, match=r"b\.weight: cannot be dequantized"):
         rescale_state_dict(sd, inplace=True, dequantize=["b"])
     for name, t in sd.items():
         np.testing.assert_array_equal(raw(t), before[name])

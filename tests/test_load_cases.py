@@ -74,7 +74,7 @@ def test_unscaled_weights(tmp_path):
         assert torch.equal(exact[name].double(), tensor.double())
 
 
-def test_dequantised_is_exact_for_every_code(tmp_path):
+def test_dequantized_is_exact_for_every_code(tmp_path):
     tensors = {"a.weight": codes([byte for byte in CODES.tolist() if byte & 0x7F != 0x7F])}
     after = load(tmp_path, tensors, unscaled="dequantize")["a.weight"]
     assert torch.equal(after.double(), tensors["a.weight"].double())

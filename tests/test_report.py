@@ -13,7 +13,7 @@ from support import TINY, codes, raw, save
 
 from neuron_fp8_loader import kernel, load_checkpoint
 from neuron_fp8_loader.errors import listing
-from neuron_fp8_loader.plan import size
+from neuron_fp8_loader.plan.pairs import size
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_summary_is_one_line(loaded):
         "2 rounded",
         "0 NaN",
         "1 activation scales rescaled",
-        "weights dequantised",
+        "weights dequantized",
         kernel.active,
     ):
         assert part in text

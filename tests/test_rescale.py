@@ -188,7 +188,7 @@ def test_a_subclass_with_fp8_inside_is_refused(inplace, depth):
 
 
 @BOTH
-def test_fnuz_and_dequantised_weights_are_replaced(inplace):
+def test_fnuz_and_dequantized_weights_are_replaced(inplace):
     finite = np.array([b for b in range(256) if b != 0x80], dtype=np.uint8)
     fnuz = torch.from_numpy(finite).view(torch.float8_e4m3fnuz)
     given = state(**{"f.weight": fnuz, "g.weight": fnuz, "u.weight": codes([0x7E, 1])})

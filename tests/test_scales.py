@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import CODES, blob, raw
 
+from neuron_fp8_loader.codes.formats import HALF, RATIO
+from neuron_fp8_loader.codes.scales import E8M0, check_scale, is_e8m0, rescaled
 from neuron_fp8_loader.errors import ScaleError
-from neuron_fp8_loader.formats import HALF, RATIO
-from neuron_fp8_loader.scales import E8M0, check_scale, is_e8m0, rescaled
 
 WHERE = "some.safetensors: a.weight_scale"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -33,7 +33,7 @@ from neuron_fp8_loader import (
     rescale_state_dict,
     safe_open,
 )
-from neuron_fp8_loader.granularity import granularity
+from neuron_fp8_loader.codes.granularity import granularity
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,7 +76,7 @@ def test_01_nvfp4_scales_are_left_alone(tmp_path: Path) -> None:
 
 
 # 2. FP8 weights without a scale
-def test_02_a_weight_without_a_scale_is_refused_or_dequantised(tmp_path: Path) -> None:
+def test_02_a_weight_without_a_scale_is_refused_or_dequantized(tmp_path: Path) -> None:
     before = made({"mtp.0.e_proj.weight": "fp8 8 8", "mtp.0.e_proj.misnamed": "f32 1"})
     written(tmp_path, before)
     with pytest.raises(WeightError, match=r"(?s)mtp\.0\.e_proj\.weight.*unscaled=\"dequantize\".*register"):

@@ -121,7 +121,7 @@ def main(
 ) -> None:  # fmt: skip
     """Compile a small Llama with FP8 linears, run it with and without the loader, and check what comes out.
 
-    The model is plain torch: float8_e4m3fn weights beside one float32 scale a row, dequantised when they are used.
+    The model is plain torch: float8_e4m3fn weights beside one float32 scale a row, dequantized when they are used.
     Its weights are written as a checkpoint and read back twice, by safetensors and by this loader. Logits are compared
     with the same model whose FP8 bytes are read as e4m3fn, as a GPU does.
 

@@ -66,7 +66,7 @@ def make_case(
     for layer in range(shape.num_hidden_layers):
         for name in LINEARS:
             module = f"model.layers.{layer}.{name}"
-            weight, scale = quantise(tensors[module + ".weight"], exact)
+            weight, scale = quantize(tensors[module + ".weight"], exact)
             tensors |= {module + ".weight": weight, module + ".weight_scale": scale}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -76,7 +76,7 @@ def make_case(
     return Case(directory, shape, raw, loaded, prompt(shape, tokens), dtype, method, exact)
 
 
-def quantise(weight: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[out, in] as float8_e4m3fn, every row's largest value 448, with its float32 scale [out, 1].
 
     ``exact``: odd codes below 0x10, which have no half, become the even ones below them.

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..formats import METHODS
+from ..codes.formats import METHODS
 from ..tools.settings import Settings, settings_for
 from ..tools.shards import beside
 from .console import FINDING, Command, checkpoint_argument, json_option, print_json

@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..codes.formats import METHODS
 from ..errors import Fp8LoaderError
-from ..formats import METHODS
 
 SCHEMA = 1
 """Goes up when a JSON key changes its meaning or goes away; new keys may come without."""

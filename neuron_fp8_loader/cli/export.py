@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..plan import size
+from ..plan.pairs import size
 from ..tools.export import Export, prepare_export
 from .console import (
     Command,

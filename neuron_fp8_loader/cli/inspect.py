@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.files import Checkpoint, open_checkpoint
 from ..options import Options
-from ..plan import Plan, plan_for, size
+from ..plan.pairs import Plan, plan_for, size
 from ..tools.scan import Scan, WeightCodes, scan
 from ..tools.settings import nxd_layout
 from .console import (
@@ -192,7 +192,7 @@ def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Sc
     if not (plan.pairs or plan.unscaled or plan.fnuz):
         lines.append(("pairs", "no FP8 weights: nothing for the loader to do"))
     if plan.unquantized:
-        lines.append(("unquantised", _some(list(plan.unquantized))))
+        lines.append(("unquantized", _some(list(plan.unquantized))))
     if plan.pairs:
         quantization_type, layout = nxd_layout(plan)
         lines.append(("for NxD", f"{quantization_type}: {layout}"))
@@ -227,7 +227,7 @@ def _show_codes(out: Console, found: Scan, top: int) -> None:
         if rescaled and found.plan.activation_scales and found.options.activation_scales == "rescale":
             lines.append(("", f"{len(found.plan.activation_scales)} static activation and KV scales with them"))
         if found.plan.unscaled and found.options.unscaled == "dequantize":
-            lines.append(("dequantise", f"{len(found.plan.unscaled)} weights without a scale, to bfloat16"))
+            lines.append(("dequantize", f"{len(found.plan.unscaled)} weights without a scale, to bfloat16"))
     say(out, facts(lines))
 
 

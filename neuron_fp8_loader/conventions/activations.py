@@ -38,7 +38,7 @@ def _rule(
 
 
 ACTIVATION_RULES: tuple[ActivationRule, ...] = (
-    # attention and KV first: qkv fake quantisers end in qscale_act too
+    # attention and KV first: qkv fake quantizers end in qscale_act too
     _rule(
         "kv", r"(^|\.)[qkv]_scale$", "vLLM, compressed-tensors, ModelOpt", partner=(r"\b[qkv](?=_(proj|scale))", "v")
     ),
@@ -47,7 +47,7 @@ ACTIVATION_RULES: tuple[ActivationRule, ...] = (
     _rule("kv", r"(^|\.)prob_output_scale$", "Quark"),
     _rule("kv", r"(^|\.)[qkv]_cache\.scale$", "Hunyuan, AngelSlim"),
     _rule("kv", r"^(?P<module>(.+\.)?q)\.scale$", "Hunyuan", partner=(r"\bq\.scale$", "k_cache.scale")),
-    _rule("kv", r"(^|\.)[kv]_cache_scale$", "Gemma quantiser of transformers"),
+    _rule("kv", r"(^|\.)[kv]_cache_scale$", "Gemma quantizer of transformers"),
     _rule("kv", r"(^|\.)\w+_fake_quantizer\.qscale_act$", "Mistral (params.json)"),
     _rule("kv", r"(^|\.)kv_cache_scaling_factor$", "TensorRT-LLM"),
     _rule("kv", r"(^|\.)kv_cache_rcp_scaling_factor$", "TensorRT-LLM", reciprocal=True),

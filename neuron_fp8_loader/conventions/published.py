@@ -1,7 +1,7 @@
 """The published conventions, as data: name, weight, scale, producers.
 
 A template holds one ``{}``, the module's prefix. The dtype of the weight decides that it *is* an FP8 weight; these
-names only say where its scale lies. All of them dequantise by multiplying, ``weight_scale_inv`` too: "inv" is a name
+names only say where its scale lies. All of them dequantize by multiplying, ``weight_scale_inv`` too: "inv" is a name
 there, not a reciprocal (DeepSeek-V3, README_WEIGHTS.md).
 """
 

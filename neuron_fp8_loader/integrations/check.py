@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from .. import conventions
+from ..codes.formats import E4M3FN, HALF
 from ..errors import WeightError, listing
-from ..formats import E4M3FN, HALF
-from ..memory import as_bytes
+from ..host.memory import as_bytes
+from ..host.sharing import span
+from ..load.rules import count_codes
 from ..options import Options
-from ..rules import count_codes
-from ..sharing import span
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 

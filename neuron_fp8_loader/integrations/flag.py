@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..device import needs_rescale, platform
+from ..codes.device import needs_rescale, platform
+from ..codes.formats import METHODS
 from ..errors import OptionError
-from ..formats import METHODS
-from ..layout import module_of
 from ..options import Options
-from ..plan import Plan
+from ..plan.layout import module_of
+from ..plan.pairs import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
 

@@ -1,4 +1,4 @@
-"""The names under which NxD's quantised layers look for weights and scales: ``X.weight`` and ``X.scale``."""
+"""The names under which NxD's quantized layers look for weights and scales: ``X.weight`` and ``X.scale``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import PlanError
-from ..layout import module_of
-from ..plan import Plan
+from ..plan.layout import module_of
+from ..plan.pairs import Plan
 
 
 def nxd_names(plan: Plan) -> dict[str, str]:
@@ -25,7 +25,7 @@ def nxd_names(plan: Plan) -> dict[str, str]:
 
 
 def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str], source: str) -> dict[str, Any]:
-    """``state_dict`` with new names, in the same order. Names not in it (scales of dequantised weights) do not matter.
+    """``state_dict`` with new names, in the same order. Names not in it (scales of dequantized weights) do not matter.
 
     Raises:
         PlanError: a new name is taken.
@@ -45,7 +45,7 @@ def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str], source: str
 def reads_scale_inv(cls: type) -> bool:
     """Does a model class read ``weight_scale_inv`` by itself?
 
-    qwen3_moe dequantises block-scaled weights in its conversion, and so do classes of others; their modules speak of
+    qwen3_moe dequantizes block-scaled weights in its conversion, and so do classes of others; their modules speak of
     the name, which nothing else in NxD Inference does.
     """
     for base in cls.__mro__:

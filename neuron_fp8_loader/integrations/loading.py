@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import describe
-from ..declared import read_declared
-from ..loader import load_checkpoint
+from ..checkpoint.declared import read_declared
+from ..checkpoint.files import describe
+from ..load.files import load_checkpoint
+from ..load.state_dict import rescale_planned
 from ..options import Options
-from ..plan import Plan, make_plan, plan_checkpoint
-from ..rescale import rescale_planned
+from ..plan.pairs import Plan, make_plan, plan_checkpoint
 from .check import check_ready
 from .flag import FLAG, options_for, parse
 from .keys import nxd_names, reads_scale_inv, renamed
@@ -44,7 +44,7 @@ class Session:
 
     Attributes:
         options: for the loader.
-        quantized: are there quantised layers, which look for scales under names of their own?
+        quantized: are there quantized layers, which look for scales under names of their own?
         own_scales: does the model read ``weight_scale_inv`` by itself, in the shape that it has?
         read_ready: was the state dict read by the loader, and so is rescaled?
     """
@@ -163,14 +163,14 @@ def _inherits(kind: type, name: str) -> bool:
 def save_quantized_state_dict(
     original: Callable[..., Any], cls: type, model_path: str, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """``NeuronApplicationBase.save_quantized_state_dict``, which would quantise the model anew and write it over the
+    """``NeuronApplicationBase.save_quantized_state_dict``, which would quantize the model anew and write it over the
     FP8 checkpoint. Under the flag, on any platform, it does not."""
     neuron_config = getattr(config, "neuron_config", None)
     path = getattr(neuron_config, "quantized_checkpoints_path", None)
     if parse(getattr(neuron_config, FLAG, None)) is not None:
         plan = find_plan(path)
         if plan is not None and has_fp8(plan):
-            log.info("%s holds FP8 weights already: nothing is quantised, nothing written", path)
+            log.info("%s holds FP8 weights already: nothing is quantized, nothing written", path)
             return None
     return original(cls, model_path, config, *args, **kwargs)
 

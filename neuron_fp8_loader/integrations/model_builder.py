@@ -8,8 +8,8 @@ from typing import Any, ParamSpec
 
 import torch
 
+from ..load.state_dict import rescale_state_dict
 from ..options import Options
-from ..rescale import rescale_state_dict
 from .check import check_ready
 
 P = ParamSpec("P")

@@ -1,9 +1,9 @@
 """Checkpoint names and the names that NxD Inference gives the same modules: ``modules_to_not_convert``.
 
-NxD leaves a linear layer unquantised if an entry of the list is a substring of its dotted path from the model's root
+NxD leaves a linear layer unquantized if an entry of the list is a substring of its dotted path from the model's root
 (``neuronx_distributed/quantization/quantize.py``). So an entry must be long enough to hit nothing else: ``mlp.gate``
 would hit ``mlp.gate_proj`` too. Llama's fused QKV looks for ``layers.N.self_attn`` itself, and what switches the
-quantised MLP kernel off for a layer for ``layers.N.mlp`` in any entry (``models/llama/modeling_llama.py``).
+quantized MLP kernel off for a layer for ``layers.N.mlp`` in any entry (``models/llama/modeling_llama.py``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import listing
-from ..layout import module_of
-from ..plan import Plan
+from ..plan.layout import module_of
+from ..plan.pairs import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -33,7 +33,7 @@ _ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)\.(gate|
 _EXPERT = re.compile(r"\.(experts(\.\d+)?\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3))$")
 _SHARED = re.compile(r"\.shared_experts?(?=\.|$)")
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
-# what NxD Inference builds from layers that it quantises, in every model
+# what NxD Inference builds from layers that it quantizes, in every model
 _QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3))$")
 
 
@@ -62,7 +62,7 @@ def modules_to_not_convert(plan: Plan, dequantized: Collection[str] = ()) -> lis
     Returns:
         names as NxD Inference matches them, in the order of the layers: whole blocks (``layers.0.self_attn``) where
         nothing in them is FP8, else single modules. No entry matches a module that is FP8. Embeddings and routers,
-        which NxD never quantises, are left out; ``lm_head`` is in where it is tied and so in no file. A module that
+        which NxD never quantizes, are left out; ``lm_head`` is in where it is tied and so in no file. A module that
         cannot be named without hitting an FP8 one is left out too, with a warning.
     """
     fp8, plain = _modules(plan, dequantized)
@@ -79,7 +79,7 @@ def modules_to_not_convert(plan: Plan, dequantized: Collection[str] = ()) -> lis
     if lost:
         log.warning(
             "%s: modules_to_not_convert cannot name, without naming an FP8 module too, %s\n"
-            "NxD Inference may miss their scales; dequantise the FP8 modules beside them.",
+            "NxD Inference may miss their scales; dequantize the FP8 modules beside them.",
             plan.source,
             listing("module", lost),
         )
@@ -97,7 +97,7 @@ def contradictions(plan: Plan, given: Iterable[str], dequantized: Collection[str
     Returns:
         FP8 modules that the list names, which would be loaded without their scales; and modules that are neither FP8
         nor in the list, whose scales would be looked for in vain. Of the latter only those that every model of
-        NxD Inference quantises: projections of attention and MLP, experts, ``lm_head``. Names of the checkpoint.
+        NxD Inference quantizes: projections of attention and MLP, experts, ``lm_head``. Names of the checkpoint.
     """
     entries = [entry for entry in given if entry]
     fp8, plain = _modules(plan, dequantized)
@@ -128,7 +128,7 @@ def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], l
 
 
 def _can_be_quantized(name: str) -> bool:
-    """Might NxD Inference make a quantised layer of it, in this model? Not of embeddings, routers, other towers."""
+    """Might NxD Inference make a quantized layer of it, in this model? Not of embeddings, routers, other towers."""
     short = _PREFIX.sub("", name)
     if _OTHER_TOWER.match(short) or _EMBEDDING.search(short) or _ROUTER.search(short):
         return False

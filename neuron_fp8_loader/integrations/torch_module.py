@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..load.state_dict import rescale_state_dict
 from ..options import Options
-from ..rescale import rescale_state_dict
 
 
 def rescale_on_load(module: torch.nn.Module, **options: Any) -> RemovableHandle:

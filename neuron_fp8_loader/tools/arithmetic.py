@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..granularity import Granularity
+from ..codes.granularity import Granularity
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..codes.formats import LARGEST_FIT
+from ..codes.granularity import Granularity, granularity
 from ..errors import WeightError
-from ..formats import LARGEST_FIT
-from ..granularity import Granularity, granularity
-from ..parallel import run
+from ..host.parallel import run
 from .arithmetic import GPU, GPU_FNUZ, HALF_STEP, NEURON, Bytes, Floats, Tile, as_bytes, scale_values, tiles
 
 _SCALE_SLACK = 2.0**-8
@@ -87,7 +87,7 @@ class WeightCheck:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantisation noise of the dequantised weight, dB; inf where nothing changed."""
+        """Signal to quantization noise of the dequantized weight, dB; inf where nothing changed."""
         return sqnr_db(self.signal, self.noise)
 
 

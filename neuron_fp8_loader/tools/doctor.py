@@ -11,8 +11,8 @@ from importlib import metadata
 
 import torch
 
-from .. import kernel
-from ..device import PLATFORM_ENV, needs_rescale, platform
+from ..codes import kernel
+from ..codes.device import PLATFORM_ENV, needs_rescale, platform
 from ..errors import OptionError
 from ..options import THREADS_ENV, Options
 from .settings import ENVIRONMENT

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
 from ..errors import Fp8LoaderError, WeightError
+from ..host.parallel import progress
+from ..load.parts import Parts
 from ..options import Options
-from ..parallel import progress
-from ..plan import Plan, plan_for, size
-from .parts import Parts
+from ..plan.pairs import Plan, plan_for, size
 from .scan import scan
 from .shards import beside, nbytes_after, write_bin, write_safetensors
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..codes.formats import LARGEST_FIT, NAN_CODE
 from ..errors import OptionError
-from ..formats import LARGEST_FIT, NAN_CODE
 from .scan import Scan
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)$")

@@ -11,16 +11,16 @@ from functools import cached_property
 
 import torch
 
-from ..checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..checkpoint.reader import read, visit
+from ..codes.formats import LARGEST_FIT, NAN_CODE, Table
+from ..codes.kernel import Counts, histogram
 from ..errors import ScaleError, WeightError
-from ..formats import LARGEST_FIT, NAN_CODE, Table
-from ..kernel import Counts, histogram
-from ..memory import as_bytes
+from ..host.memory import as_bytes
+from ..host.parallel import pieces, run
+from ..load.rules import check_weights, new_scales
 from ..options import Options
-from ..parallel import pieces, run
-from ..plan import Plan, plan_for
-from ..reader import read, visit
-from ..rules import check_weights, new_scales
+from ..plan.pairs import Plan, plan_for
 
 _INF_CODE = LARGEST_FIT + 1  # 256 to a GPU
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint.files import open_checkpoint
+from ..codes.formats import METHODS
 from ..errors import OptionError
-from ..formats import METHODS
 from ..integrations.names import modules_to_not_convert
-from ..plan import Plan, plan_for
+from ..plan.pairs import Plan, plan_for
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""
@@ -87,7 +87,7 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
     second form while loading.
     """
     if not plan.pairs:
-        return "per_channel_symmetric", "no scales: NxD's quantised layers need none of them changed"
+        return "per_channel_symmetric", "no scales: NxD's quantized layers need none of them changed"
     kinds = {pair.granularity.kind for pair in plan.pairs}
     experts = any(pair.granularity.experts or _EXPERTS.search(pair.weight) for pair in plan.pairs)
     shapes = {plan.tensors[pair.scale].shape for pair in plan.pairs if pair.granularity.kind == "row"}
@@ -99,7 +99,7 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
     if "block" in kinds:
         sizes = sorted({"x".join(map(str, p.granularity.block)) for p in plan.pairs if p.granularity.block})
         return "per_channel_symmetric", (
-            f"block scales ({', '.join(sizes)}), of which NxD's layers take none: the flag requantises them to one "
+            f"block scales ({', '.join(sizes)}), of which NxD's layers take none: the flag requantizes them to one "
             "scale an output row while loading"
         )
     if "unknown" in kinds:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import TensorInfo, load_bin
-from ..memory import as_bytes, buffer
+from ..checkpoint.files import TensorInfo, load_bin
+from ..host.memory import as_bytes, buffer
+from ..load.parts import Parts, batches
 from ..options import Options
-from ..plan import Plan
-from .parts import Parts, batches
+from ..plan.pairs import Plan
 
 NOTE = "neuron_fp8_loader"
 """The metadata key that tells of the conversion."""

@@ -13,14 +13,14 @@ import numpy as np
 import safetensors
 import torch
 
-from ..checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
 from ..errors import Fp8LoaderError, ScaleError, WeightError
+from ..host.parallel import progress
+from ..load.parts import Parts, batches
 from ..options import Options
-from ..parallel import progress
-from ..plan import Pair, Plan, plan_for
+from ..plan.pairs import Pair, Plan, plan_for
 from .arithmetic import Bytes, as_bytes, expected, scale_values
 from .compare import Side, WeightCheck, compare, sqnr_db
-from .parts import Parts, batches
 from .scan import scan
 
 _CHUNK = 1 << 20
@@ -299,7 +299,7 @@ class _Comparison:
             else:
                 _check_identical(self.result, name, self.old.get(name), self.new.get(name))
             advance(info.nbytes)
-        self._summarise(missing, [n for n in new if n not in old and n not in accounted], factors)
+        self._summarize(missing, [n for n in new if n not in old and n not in accounted], factors)
 
     def _weight(self, name: str, info: TensorInfo) -> None:
         scale, new_scale = self.old_plan.scale_of.get(name), self.new_plan.scale_of.get(name)
@@ -321,7 +321,7 @@ class _Comparison:
         usable = was != 0
         return [float(f) for f in (now[usable] / was[usable]).reshape(-1)]
 
-    def _summarise(self, missing: list[str], extra: list[str], factors: list[float]) -> None:
+    def _summarize(self, missing: list[str], extra: list[str], factors: list[float]) -> None:
         result = self.result
         result.problems += [f"{name}: is missing from {result.source}" for name in missing]
         result.notes += [f"{name}: is not in the original" for name in extra]
@@ -330,7 +330,7 @@ class _Comparison:
             rescaled = any(weight.factor not in (None, 1.0) for weight in result.weights)
             if rescaled and max(factors) == 1 == min(factors):
                 result.notes.append(
-                    "static activation and KV scales are as they were, calibrated for +-448: what is quantised with "
+                    "static activation and KV scales are as they were, calibrated for +-448: what is quantized with "
                     "them on the device saturates at 240"
                 )
         if any(weight.above for weight in result.weights) and not any(

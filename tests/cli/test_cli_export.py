@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict
+from neuron_fp8_loader.load import parts
 from neuron_fp8_loader.tools import export as exporting
-from neuron_fp8_loader.tools import parts
 from neuron_fp8_loader.tools.export import STATE, ExportError, prepare_export
 from neuron_fp8_loader.tools.shards import NOTE
 from neuron_fp8_loader.tools.verify import verify_checkpoint
@@ -91,7 +91,7 @@ def test_memory_is_bounded_by_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(on_disk(tmp_path / "out"), load_state_dict(path))
 
 
-def test_dequantised_weights_make_the_file_longer(tmp_path: Path) -> None:
+def test_dequantized_weights_make_the_file_longer(tmp_path: Path) -> None:
     path = sharded(tmp_path / "c", {"x.weight": codes(0x7E, 0x01, 0x33, shape=(3, 5)), "y": torch.ones(3)}, layer(0))
     assert "no scale to make up for" in one_line(run("export", path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -243,7 +243,7 @@ def test_sigint_to_the_process(tmp_path: Path) -> None:
     many = {name: tensor for number in range(1, 200) for name, tensor in layer(number).items()}
     path, out = sharded(tmp_path / "c", layer(0), many), tmp_path / "out"
     program = (
-        "import time, neuron_fp8_loader.tools.parts as p\n"
+        "import time, neuron_fp8_loader.load.parts as p\n"
         "load = p.Parts.load\n"
         "p.batches.__defaults__ = (600,)\n"
         "p.Parts.load = lambda self, infos: (time.sleep(0.05), load(self, infos))[1]\n"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuron_fp8_loader import formats, load_checkpoint, load_state_dict
+from neuron_fp8_loader import load_checkpoint, load_state_dict
+from neuron_fp8_loader.codes import formats
 from neuron_fp8_loader.tools.arithmetic import GPU, HALF_STEP, NEURON, expected
 from neuron_fp8_loader.tools.compare import Side, compare
 from neuron_fp8_loader.tools.verify import compare_checkpoints, verify_checkpoint
@@ -38,7 +39,7 @@ def test_the_bytes_of_half_and_ratio() -> None:
     assert np.array_equal(NEURON[:0x78], GPU[:0x78])
 
 
-def test_sqnr_is_that_of_the_dequantised_weight() -> None:
+def test_sqnr_is_that_of_the_dequantized_weight() -> None:
     before, after = load_file(TINY / "model.safetensors"), load_state_dict(TINY)
     result = verify_checkpoint(TINY)
     for weight in result.weights:
@@ -72,7 +73,7 @@ def test_nan_codes_are_a_finding_unless_kept(tmp_path: Path) -> None:
     assert sum(w["nan"] for w in kept["weights"]) == 8
 
 
-def test_unscaled_weights_dequantise_exactly(tmp_path: Path) -> None:
+def test_unscaled_weights_dequantize_exactly(tmp_path: Path) -> None:
     path = single(tmp_path / "c", {"x.weight": codes(*range(0x7F), shape=(8, 16))})
     assert run("verify", path).exit_code == 1
     data = run_json("verify", path, "--unscaled", "dequantize", code=0)

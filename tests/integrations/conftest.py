@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import neuron_fp8_loader
-from neuron_fp8_loader.device import PLATFORM_ENV
+from neuron_fp8_loader.codes.device import PLATFORM_ENV
 from neuron_fp8_loader.integrations.neuron_config import ENVIRONMENT
 
 PACKAGE = "neuronx_distributed_inference"

@@ -117,7 +117,7 @@ def test_a_filled_in_list_is_what_nxdi_matches(tmp_path: Path, fused: bool) -> N
 
 
 @pytest.mark.parametrize("plain", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "layers.1."])
-def test_single_modules_are_left_unquantised(tmp_path: Path, plain: str) -> None:
+def test_single_modules_are_left_unquantized(tmp_path: Path, plain: str) -> None:
     # flavours of the harness name linears; a whole layer is all of its linears
     if plain == "layers.1.":
         original = H.make_tiny_checkpoint(tmp_path, layers=2, shards=1)

@@ -1,4 +1,4 @@
-"""Real checkpoints of every scale shape on the quantised layers of the real NxD Inference, by one flag."""
+"""Real checkpoints of every scale shape on the quantized layers of the real NxD Inference, by one flag."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REAL = [
 SCALES = ("_scale", "_scale_inv")
 
 
-def dequantised(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantized(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """float32 weights by the names of transformers, in the test's own arithmetic."""
     plain = {}
     for name, t in original.items():
@@ -60,24 +60,24 @@ def dequantised(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def reference(path: Path) -> torch.Tensor:
-    """Logits of transformers' own Llama on the dequantised weights."""
+    """Logits of transformers' own Llama on the dequantized weights."""
     config = json.loads((path / "config.json").read_text())
     drop = ("quantization_config", "torch_dtype", "dtype", "architectures")
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k not in drop})).float().eval()
     files = sorted(path.glob("*.safetensors"))
-    model.load_state_dict(dequantised({n: t for f in files for n, t in load_file(f).items()}))
+    model.load_state_dict(dequantized({n: t for f in files for n, t in load_file(f).items()}))
     ids = torch.cat([H.prompt(config["vocab_size"]), torch.tensor([[5]])], 1)
     with torch.no_grad():
         result: torch.Tensor = model(ids).logits[0, -2:].float()
     return result
 
 
-def close(on: torch.Tensor, expected: torch.Tensor, *, requantised: bool) -> None:
+def close(on: torch.Tensor, expected: torch.Tensor, *, requantized: bool) -> None:
     assert torch.isfinite(on).all()
     error = (on - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt()
     # one more rounding to four bits costs some percent of the logits; anything mispaired costs them all
-    assert error < (0.06 if requantised else 1e-4)
-    if not requantised:
+    assert error < (0.06 if requantized else 1e-4)
+    if not requantized:
         assert torch.equal(on.argmax(-1), expected.argmax(-1))
 
 
@@ -86,8 +86,8 @@ def close(on: torch.Tensor, expected: torch.Tensor, *, requantised: bool) -> Non
 def test_real_checkpoints(tmp_path: Path, name: str, fused: bool) -> None:
     path = shutil.copytree(shared(name), tmp_path / name)
     over: dict[str, Any] = {"quantization_type": "per_channel_symmetric", "fused_qkv": fused, **ON}
-    requantised = "block" in name or name in ("modelopt_fp8_pb_wo", "derived_split_shards")
-    close(logits(path, ieee=True, **over), reference(path), requantised=requantised)
+    requantized = "block" in name or name in ("modelopt_fp8_pb_wo", "derived_split_shards")
+    close(logits(path, ieee=True, **over), reference(path), requantized=requantized)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -95,10 +95,10 @@ def test_real_checkpoints(tmp_path: Path, name: str, fused: bool) -> None:
 def test_flavours(tmp_path: Path, flavour: str, fused: bool) -> None:
     H.make_tiny_checkpoint(tmp_path, flavour=flavour)
     over: dict[str, Any] = {"quantization_type": "per_channel_symmetric", "fused_qkv": fused, **ON}
-    close(logits(tmp_path, ieee=True, **over), reference(tmp_path), requantised=flavour == "block")
+    close(logits(tmp_path, ieee=True, **over), reference(tmp_path), requantized=flavour == "block")
 
 
-def test_dequantized_attention_joins_the_unquantised_modules(tmp_path: Path) -> None:
+def test_dequantized_attention_joins_the_unquantized_modules(tmp_path: Path) -> None:
     H.make_tiny_checkpoint(tmp_path, flavour="block")
     flag = {"dequantize": ["*.self_attn.*"]}
     over: dict[str, Any] = {**ON, "fp8_rescale": flag, "quantization_type": "per_channel_symmetric"}
@@ -107,4 +107,4 @@ def test_dequantized_attention_joins_the_unquantised_modules(tmp_path: Path) -> 
     assert "layers.0.self_attn" in listed
     on = H.run_logits(H.load_on_cpu(app), ieee=True)
     assert not any("self_attn" in layer for layer in H.quantized_layers(app))
-    close(on, reference(tmp_path), requantised=True)
+    close(on, reference(tmp_path), requantized=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from neuron_fp8_loader.device import PLATFORM_ENV, needs_rescale, platform
+from neuron_fp8_loader.codes.device import PLATFORM_ENV, needs_rescale, platform
 
 
 def torch_neuronx(monkeypatch: pytest.MonkeyPatch, get_platform_target: Any) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from neuron_fp8_loader import PlanError
-from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.checkpoint.files import describe
 from neuron_fp8_loader.integrations.keys import nxd_names, reads_scale_inv, renamed
-from neuron_fp8_loader.plan import Plan, make_plan
+from neuron_fp8_loader.plan.pairs import Plan, make_plan
 
 
 def plan_of(weight: str, scale: str) -> Plan:
@@ -46,7 +46,7 @@ def test_renaming_keeps_the_order_and_refuses_taken_names() -> None:
 
 def test_classes_that_read_the_name_themselves(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "reads_it.py"  # type: ignore[operator]
-    path.write_text("class Model:\n    '''Dequantises X.weight_scale_inv.'''\n\n\nclass Plain:\n    pass\n")
+    path.write_text("class Model:\n    '''Dequantizes X.weight_scale_inv.'''\n\n\nclass Plain:\n    pass\n")
     module = types.ModuleType("reads_it")
     module.__file__ = str(path)
     exec(compile(path.read_text(), str(path), "exec"), module.__dict__)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import neuron_fp8_loader
 from neuron_fp8_loader import Fp8LoaderError, OptionError, WeightError
-from neuron_fp8_loader.device import PLATFORM_ENV
+from neuron_fp8_loader.codes.device import PLATFORM_ENV
 from tests.integrations.checkpoints import FORMS, product, same_for_the_device, state_dict, write
 from tests.integrations.conftest import Standin
 from tests.support import e4m3fn, ieee_e4m3, raw, sqnr
@@ -238,10 +238,10 @@ def test_scales_come_as_the_layers_look_for_them(enabled: Standin, tmp_path: Pat
         scale = loaded[name.removesuffix("weight") + "scale"]
         assert scale.shape == (16, 1)
         got, want = ieee_e4m3(loaded[name]) * scale.double().numpy(), e4m3fn(state_dict()[f"model.{name}"]) * 0.01
-        assert sqnr(want, got) > 30  # block scales are requantised
+        assert sqnr(want, got) > 30  # block scales are requantized
 
 
-def test_scales_of_a_model_that_does_without_quantised_layers_keep_name_and_shape(
+def test_scales_of_a_model_that_does_without_quantized_layers_keep_name_and_shape(
     enabled: Standin, tmp_path: Path
 ) -> None:
     path = write(tmp_path, scaled_as(state_dict(), "weight_scale_inv"))

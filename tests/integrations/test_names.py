@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuron_fp8_loader import plan_checkpoint
-from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.checkpoint.files import describe
 from neuron_fp8_loader.integrations.names import contradictions, modules_to_not_convert
-from neuron_fp8_loader.plan import Plan, make_plan
+from neuron_fp8_loader.plan.pairs import Plan, make_plan
 from tests.support import TINY, shared
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -50,7 +50,7 @@ def nxdi_path(name: str, fused_qkv: bool = False) -> str:
 
 
 def converted(path: str, entries: list[str]) -> bool:
-    """Does NxD make the layer at ``path`` a quantised one? (quantize.py)"""
+    """Does NxD make the layer at ``path`` a quantized one? (quantize.py)"""
     return path.split(".")[-1] not in entries and not any(entry in path for entry in entries)
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_named_is_left_out_with_a_warning(caplog: pytest.LogCaptu
     assert "experts.0.gate_proj" in caplog.text
 
 
-def test_dequantized_weights_count_as_unquantised() -> None:
+def test_dequantized_weights_count_as_unquantized() -> None:
     plan = plan_of(layer(0, "attn", "mlp"), [])
     dequantized = [f"{name}.weight" for name in layer(0, "attn")]
     assert modules_to_not_convert(plan, dequantized) == ["layers.0.self_attn", "lm_head"]
@@ -154,7 +154,7 @@ def test_contradictions_know_the_names_of_the_checkpoint_and_shorthand() -> None
     assert contradictions(plan, ["lm_head", *layer(0, "attn")]) == ([], [])
 
 
-def test_modules_that_nxdi_need_not_quantise_are_never_missing() -> None:
+def test_modules_that_nxdi_need_not_quantize_are_never_missing() -> None:
     plan = plan_of(layer(0, "attn", "mlp"), layer(0, "mlp.gate", "mlp.shared_expert_gate", "eh_proj"))
     assert contradictions(plan, ["lm_head"]) == ([], [])
 

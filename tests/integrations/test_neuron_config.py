@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from neuron_fp8_loader import OptionError
-from neuron_fp8_loader.device import PLATFORM_ENV
+from neuron_fp8_loader.codes.device import PLATFORM_ENV
 from neuron_fp8_loader.integrations import flag
 from neuron_fp8_loader.integrations.neuron_config import ENVIRONMENT
 from tests.integrations.checkpoints import state_dict, write

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import ScaleError
+from ..errors import ScaleError
 from .formats import Table
 
 E8M0 = getattr(torch, "float8_e8m0fnu", None)

@@ -1,4 +1,4 @@
-#include "requantise.h"
+#include "requantize.h"
 
 #include <float.h>
 #include <math.h>
@@ -60,7 +60,7 @@ static size_t slot(size_t block, double before, double after) {
     return block % PANEL * WAYS + (5 * (a >> 52) + (b >> 52)) % WAYS;
 }
 
-int fp8_requantise(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns, size_t height,
+int fp8_requantize(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns, size_t height,
                    size_t width, const double *before, const double *after, fp8_error *error) {
     const size_t across = (columns + width - 1) / width;
     number_line line;

@@ -29,7 +29,7 @@ _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, 
 
 
 class Error(NamedTuple):
-    """What a requantisation changed: sums of squares over finite weights, in the checkpoint's own values."""
+    """What a requantization changed: sums of squares over finite weights, in the checkpoint's own values."""
 
     signal: float = 0.0
     noise: float = 0.0
@@ -75,8 +75,8 @@ def tiles(
     return out
 
 
-def requantise(tile: Tile) -> Error:
-    """Requantise one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
+def requantize(tile: Tile) -> Error:
+    """Requantize one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
     scales = tile.scales
     largest, occupied = _largest(tile)
     mantissas = best_mantissas(torch.where(occupied, scales, 0.0)).repeat_interleave(tile.block[0])[: largest.numel()]
@@ -183,7 +183,7 @@ def _look_up(tile: Tile, row_scales: torch.Tensor) -> Error:
         scales = tile.scales.contiguous()
         src, dst = tile.src.data_ptr(), tile.dst.data_ptr()
         shape = (rows, columns, *tile.block)
-        return Error(*_kernel.requantise(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
+        return Error(*_kernel.requantize(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
     height, width = tile.block
     before = tile.scales.repeat_interleave(height, dim=0)[:rows]
     total = Error()

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, TensorInfo, load_bin, open_checkpoint
-from .errors import CheckpointError, listing
-from .formats import E4M3FN, FNUZ, HALF
-from .kernel import Counts, translate
-from .layout import Layout, check_layout, plan_layout, within
-from .options import Options
-from .plan import Plan, plan_for
-from .reader import Decision, WeightJob, find_overflow, read, visit
+from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..checkpoint.reader import Decision, WeightJob, find_overflow, read, visit
+from ..codes.formats import E4M3FN, FNUZ, HALF
+from ..codes.kernel import Counts, translate
+from ..errors import CheckpointError, listing
+from ..options import Options
+from ..plan.layout import Layout, check_layout, plan_layout, within
+from ..plan.pairs import Plan, plan_for
 from .report import Report
-from .rescale import rescale_planned
 from .rules import (
     add_up,
     check_weights,
@@ -31,6 +30,7 @@ from .rules import (
     make_report,
     new_scales,
 )
+from .state_dict import rescale_planned
 
 log = logging.getLogger("neuron_fp8_loader")
 

@@ -13,15 +13,15 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from .dequantise import dequantise, scale_values
-from .errors import PlanError, ScaleError, listing
-from .memory import allocate, shaped
-from .options import Options
-from .parallel import run
-from .plan import Pair, Plan
-from .requantise import Error, Tile, requantise, tiles
-from .scales import is_e8m0
-from .sharing import identity
+from ..codes.dequantize import dequantize, scale_values
+from ..codes.requantize import Error, Tile, requantize, tiles
+from ..codes.scales import is_e8m0
+from ..errors import PlanError, ScaleError, listing
+from ..host.memory import allocate, shaped
+from ..host.parallel import run
+from ..host.sharing import identity
+from ..options import Options
+from .pairs import Pair, Plan
 
 _TRANSPOSED = ("fused_weight_scale", "fused_scale", "fused_dot_scale")
 """Conventions of Llama 4, whose stacked experts are [experts, in, out]; elsewhere they are [experts, out, in]."""
@@ -32,26 +32,26 @@ class Layout:
     """What the layout step does, by weight.
 
     Attributes:
-        requantised: pairs that go from block scales to row scales.
-        dequantised: pairs that become bfloat16, without a scale.
+        requantized: pairs that go from block scales to row scales.
+        dequantized: pairs that become bfloat16, without a scale.
         reshaped: shapes that scales take, by scale name.
     """
 
-    requantised: tuple[Pair, ...] = ()
-    dequantised: tuple[Pair, ...] = ()
+    requantized: tuple[Pair, ...] = ()
+    dequantized: tuple[Pair, ...] = ()
     reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def raw(self) -> set[str]:
         """Weights that this step needs as the checkpoint has them, not rescaled."""
-        return {pair.weight for pair in (*self.requantised, *self.dequantised)}
+        return {pair.weight for pair in (*self.requantized, *self.dequantized)}
 
 
 def within(layout: Layout, names: Collection[str]) -> Layout:
     """The part of a layout that concerns these tensors."""
     return Layout(
-        tuple(p for p in layout.requantised if p.weight in names),
-        tuple(p for p in layout.dequantised if p.weight in names),
+        tuple(p for p in layout.requantized if p.weight in names),
+        tuple(p for p in layout.dequantized if p.weight in names),
         {name: shape for name, shape in layout.reshaped.items() if name in names},
     )
 
@@ -71,18 +71,18 @@ def plan_layout(plan: Plan, options: Options) -> Layout:
         PlanError: pairs whose scales the layout cannot take, all of them at once.
     """
     problems: list[str] = []
-    requantised: list[Pair] = []
-    dequantised: list[Pair] = []
+    requantized: list[Pair] = []
+    dequantized: list[Pair] = []
     reshaped: dict[str, tuple[int, ...]] = {}
     unused = set(options.dequantize)
     for pair in plan.pairs:
         matching = [p for p in options.dequantize if fnmatchcase(module_of(pair.weight), p)]
         unused.difference_update(matching)
         if matching:
-            dequantised.append(pair)
+            dequantized.append(pair)
             kind, shape = pair.granularity.kind, plan.tensors[pair.weight].shape
             if kind == "unknown" or (kind != "tensor" and len(shape) not in (2, 3)):
-                problems.append(f"{pair.weight}: cannot be dequantised; {_unknown(plan, pair)}")
+                problems.append(f"{pair.weight}: cannot be dequantized; {_unknown(plan, pair)}")
             continue
         if options.layout == "keep":
             continue
@@ -92,12 +92,12 @@ def plan_layout(plan: Plan, options: Options) -> Layout:
             problems.append(f"{pair.weight}: {error}")
             continue
         if wanted is None:
-            requantised.append(pair)
+            requantized.append(pair)
         elif reshaped.setdefault(pair.scale, wanted) != wanted:
             problems.append(f"{pair.scale}: belongs to several weights, which would need it in different shapes")
     reshaped = {n: s for n, s in reshaped.items() if s != plan.tensors[n].shape or _is_bytes(plan.tensors[n].dtype)}
     problems += [f"dequantize={pattern!r} {_no_match(plan, pattern)}" for pattern in sorted(unused)]
-    shared = [g for g in plan.groups if len(g) > 1 and any(p in requantised or p in dequantised for p in g)]
+    shared = [g for g in plan.groups if len(g) > 1 and any(p in requantized or p in dequantized for p in g)]
     problems += [f"{g[0].scale}: belongs to {len(g)} weights, which cannot be laid out apart" for g in shared]
     if plan.fnuz and options.layout != "keep":
         problems += [
@@ -106,7 +106,7 @@ def plan_layout(plan: Plan, options: Options) -> Layout:
         ]
     if problems:
         raise PlanError(plan.source, problems)
-    return Layout(tuple(requantised), tuple(dequantised), reshaped)
+    return Layout(tuple(requantized), tuple(dequantized), reshaped)
 
 
 def _is_bytes(dtype: str) -> bool:
@@ -165,14 +165,14 @@ def _shape(plan: Plan, pair: Pair, layout: str) -> tuple[int, ...] | None:
 def check_layout(layout: Layout, plan: Plan, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ScaleError for block scales that cannot become row scales, before anything is written."""
     bad, torn = [], []
-    for pair in layout.requantised:
+    for pair in layout.requantized:
         values = scale_values(tensors[pair.scale])
         # a row's largest value may be 448 times its scale, and its new scale must be a float32
         good = torch.isfinite(values) & (values >= 0) & (values < torch.finfo(torch.float32).max / 4)
         if not bool(good.all()):
             bad.append(f"{plan.where(pair.scale)}: {int((~good).sum())} of {values.numel()}")
     for pair, twin in _twins(layout, tensors).items():
-        if (pair in layout.dequantised) != (twin in layout.dequantised):
+        if (pair in layout.dequantized) != (twin in layout.dequantized):
             torn.append(f"{plan.where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
         elif not torch.equal(scale_values(tensors[pair.scale]), scale_values(tensors[twin.scale])):
             torn.append(f"{plan.where(pair.scale)}: differs from {twin.scale}, but their weights are one tensor")
@@ -188,28 +188,28 @@ def apply_layout(layout: Layout, tensors: dict[str, torch.Tensor], threads: int,
     Args:
         layout: what to do. ``check_layout`` comes first.
         tensors: the rescaled tensors; those in ``layout.raw`` and their scales as the checkpoint has them. The dict
-            is changed: new tensors take the place of old ones, scales of dequantised weights go.
+            is changed: new tensors take the place of old ones, scales of dequantized weights go.
         threads: how many work at once.
-        inplace: write requantised codes into the weights themselves.
+        inplace: write requantized codes into the weights themselves.
 
     Returns:
-        what requantising cost, by weight. Tensors tied together (the same memory under two names) are laid out once.
+        what requantizing cost, by weight. Tensors tied together (the same memory under two names) are laid out once.
     """
     twins = _twins(layout, tensors)
-    for pair in layout.dequantised:
+    for pair in layout.dequantized:
         if pair not in twins:
-            tensors[pair.weight] = dequantise(tensors[pair.weight], tensors[pair.scale], pair.granularity, threads)
-    parts = [(p, tile) for p in layout.requantised if p not in twins for tile in _tiles(p, tensors, inplace)]
+            tensors[pair.weight] = dequantize(tensors[pair.weight], tensors[pair.scale], pair.granularity, threads)
+    parts = [(p, tile) for p in layout.requantized if p not in twins for tile in _tiles(p, tensors, inplace)]
     done: list[tuple[str, Error]] = []
 
     def work(part: tuple[Pair, Tile]) -> None:
         pair, tile = part
-        done.append((pair.weight, requantise(tile)))
+        done.append((pair.weight, requantize(tile)))
 
     run(parts, work, threads)
     for pair, twin in twins.items():
         tensors[pair.weight], tensors[pair.scale] = tensors[twin.weight], tensors[twin.scale]
-    for pair in layout.dequantised:
+    for pair in layout.dequantized:
         del tensors[pair.scale]
     for name, shape in layout.reshaped.items():
         scale = tensors[name].detach()
@@ -234,7 +234,7 @@ def _twins(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[Pair, Pa
     """Pairs whose weight is the very tensor of an earlier pair, and that pair."""
     known: dict[object, Pair] = {}
     twins = {}
-    for pair in (*layout.requantised, *layout.dequantised):
+    for pair in (*layout.requantized, *layout.dequantized):
         weight = tensors[pair.weight]
         first = known.setdefault(identity(weight), pair) if weight.numel() else pair
         if first is not pair:
@@ -243,7 +243,7 @@ def _twins(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[Pair, Pa
 
 
 def _tiles(pair: Pair, tensors: dict[str, torch.Tensor], inplace: bool) -> list[Tile]:
-    """Cut a weight for requantising, and put the tensors that will hold the result in their places."""
+    """Cut a weight for requantizing, and put the tensors that will hold the result in their places."""
     weight, block = tensors[pair.weight], pair.granularity.block
     assert block is not None
     rows, columns = weight.shape[-2:]

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint import describe
-from .errors import OptionError, WeightError, listing
-from .formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
-from .kernel import Counts, translate
-from .layout import check_layout, plan_layout
-from .memory import allocate, as_bytes, shaped
-from .options import Options
-from .parallel import pieces, run
-from .plan import Plan, make_plan
+from ..checkpoint.files import describe
+from ..codes.formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
+from ..codes.kernel import Counts, translate
+from ..codes.scales import rescaled
+from ..errors import OptionError, WeightError, listing
+from ..host.memory import allocate, as_bytes, shaped
+from ..host.parallel import pieces, run
+from ..host.sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
+from ..options import Options
+from ..plan.layout import check_layout, plan_layout
+from ..plan.pairs import Plan, make_plan
 from .report import Report
 from .rules import (
     Tensors,
@@ -29,8 +31,6 @@ from .rules import (
     make_report,
     new_scales,
 )
-from .scales import rescaled
-from .sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
 
 
 def rescale_state_dict(
@@ -40,7 +40,7 @@ def rescale_state_dict(
 
     Args:
         state_dict: name -> tensor, with the names of any known convention. Other values pass as they are.
-        inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantised or
+        inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantized or
             float8_e4m3fnuz weights). Nothing is written before everything has been checked.
         **options: see ``Options``.
 

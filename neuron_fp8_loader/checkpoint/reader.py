@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import TensorInfo
-from .errors import CheckpointError
-from .formats import Table
-from .kernel import Counts, translate
-from .memory import allocate, buffer, populate, shaped
-from .parallel import PIECE, pieces, progress, run
+from ..codes.formats import Table
+from ..codes.kernel import Counts, translate
+from ..errors import CheckpointError
+from ..host.memory import allocate, buffer, populate, shaped
+from ..host.parallel import PIECE, pieces, progress, run
+from .files import TensorInfo
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 

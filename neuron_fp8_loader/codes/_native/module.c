@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "codes.h"
-#include "requantise.h"
+#include "requantize.h"
 
 /* Below this a call is shorter than giving up the GIL and taking it back. */
 #define RELEASE_GIL_FROM 4096
@@ -118,12 +118,12 @@ static PyObject *run_max(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *requantise(PyObject *self, PyObject *args) {
+static PyObject *requantize(PyObject *self, PyObject *args) {
     const char *name;
     unsigned long long src, dst, before, after;
     Py_ssize_t rows, columns, height, width;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sKKnnnnKK:requantise", &name, &src, &dst, &rows, &columns, &height, &width,
+    if (!PyArg_ParseTuple(args, "sKKnnnnKK:requantize", &name, &src, &dst, &rows, &columns, &height, &width,
                           &before, &after))
         return NULL;
     const int path = path_called(name);
@@ -131,7 +131,7 @@ static PyObject *requantise(PyObject *self, PyObject *args) {
     fp8_error error = {0, 0};
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = fp8_requantise(PATHS[path].run, (const uint8_t *)(uintptr_t)src, (uint8_t *)(uintptr_t)dst,
+    failed = fp8_requantize(PATHS[path].run, (const uint8_t *)(uintptr_t)src, (uint8_t *)(uintptr_t)dst,
                             (size_t)rows, (size_t)columns, (size_t)height, (size_t)width,
                             (const double *)(uintptr_t)before, (const double *)(uintptr_t)after, &error);
     Py_END_ALLOW_THREADS
@@ -146,8 +146,8 @@ static PyMethodDef METHODS[] = {
     {"histogram", histogram, METH_VARARGS, "histogram(src, n) -> bytes: 256 native uint64, how often each byte occurs."},
     {"run_max", run_max, METH_VARARGS,
      "run_max(src, rows, columns, width, out): largest finite magnitude code of each run of each row."},
-    {"requantise", requantise, METH_VARARGS,
-     "requantise(path, src, dst, rows, columns, height, width, before, after) -> (signal, noise)."},
+    {"requantize", requantize, METH_VARARGS,
+     "requantize(path, src, dst, rows, columns, height, width, before, after) -> (signal, noise)."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import OptionError
+from ..errors import OptionError
 from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, Table
 
 try:
@@ -103,10 +103,10 @@ def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) 
         histogram += torch.bincount(index, minlength=256)
         if dst is not None:
             torch.index_select(out, 0, index, out=dst[start : start + _CHUNK])
-    return _summarise(histogram, table)
+    return _summarize(histogram, table)
 
 
-def _summarise(histogram: torch.Tensor, table: Table) -> Counts:
+def _summarize(histogram: torch.Tensor, table: Table) -> Counts:
     seen = histogram.tolist()
     if table.source == E4M3FN:
         is_nan = [byte & 0x7F == NAN_CODE for byte in range(256)]

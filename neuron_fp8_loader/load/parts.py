@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from ..checkpoint import Checkpoint, TensorInfo, load_bin
+from ..checkpoint.files import Checkpoint, TensorInfo, load_bin
+from ..checkpoint.reader import Decision, WeightJob, read
+from ..codes.formats import E4M3FN, FNUZ, HALF
+from ..codes.kernel import Counts, translate
 from ..errors import OptionError
-from ..formats import E4M3FN, FNUZ, HALF
-from ..kernel import Counts, translate
-from ..memory import allocate, as_bytes, shaped
+from ..host.memory import allocate, as_bytes, shaped
+from ..host.parallel import pieces, run
 from ..options import Options
-from ..parallel import pieces, run
-from ..plan import Pair, Plan
-from ..reader import Decision, WeightJob, read
-from ..rules import check_weights, dequantized, new_scales
+from ..plan.pairs import Pair, Plan
+from .rules import check_weights, dequantized, new_scales
 
 BATCH = 256 << 20
 """Bytes that ``batches`` puts together."""

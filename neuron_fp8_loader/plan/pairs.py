@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from . import conventions
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .declared import Declared, read_declared
-from .errors import PlanError
-from .granularity import Granularity, granularity
+from .. import conventions
+from ..checkpoint.declared import Declared, read_declared
+from ..checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
+from ..codes.granularity import Granularity, granularity
+from ..errors import PlanError
 
 FP8 = "float8_e4m3fn"
 FNUZ = "float8_e4m3fnuz"
@@ -111,7 +111,7 @@ class Plan:
             (self.fnuz, "float8_e4m3fnuz weights"),
             (self.activation_scales, "static activation and KV scales"),
             (self.untouched_fp8, "FP8 tensors that are no weights, left alone"),
-            (self.unquantized, "modules left unquantised"),
+            (self.unquantized, "modules left unquantized"),
         ):
             if names:
                 lines.append(f"{len(names)} {what}")
@@ -294,6 +294,6 @@ def _disagreements(declared: Declared, has_fp8: bool) -> list[str]:
     if declared.fp8 and not has_fp8:
         return [f"{declared.source} declares FP8 ({declared.method}), but no tensor is float8_e4m3fn"]
     if declared.fp8 is False and has_fp8:
-        what = f"declares {declared.method}, not FP8" if declared.method else "declares no quantisation"
+        what = f"declares {declared.method}, not FP8" if declared.method else "declares no quantization"
         return [f"{declared.source} {what}, but there are float8_e4m3fn weights; their dtype counts"]
     return []

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from . import kernel
-from .errors import ScaleError, WeightError, listing
-from .formats import Table
-from .kernel import Counts, translate
-from .layout import Layout, apply_layout
-from .options import Options
-from .parallel import pieces, run
-from .plan import Plan
+from ..codes import kernel
+from ..codes.formats import Table
+from ..codes.kernel import Counts, translate
+from ..codes.scales import check_scale, rescaled
+from ..errors import ScaleError, WeightError, listing
+from ..host.parallel import pieces, run
+from ..host.sharing import once_each
+from ..options import Options
+from ..plan.layout import Layout, apply_layout
+from ..plan.pairs import Plan
 from .report import Report, WeightReport
-from .scales import check_scale, rescaled
-from .sharing import once_each
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -50,7 +50,7 @@ def check_weights(plan: Plan, counts: Mapping[str, Counts], options: Options) ->
         if bad:
             raise WeightError(
                 f"NaN codes in {listing('FP8 weight', bad)}\n"
-                'The checkpoint is damaged or badly quantised; nan="keep" lets them through.'
+                'The checkpoint is damaged or badly quantized; nan="keep" lets them through.'
             )
     if options.unscaled == "error":
         bad = [
@@ -138,7 +138,7 @@ def make_report(
 
 def laid_out_overflow(layout: Layout, counts: Mapping[str, Counts], options: Options) -> bool:
     """Does the layout step change a weight that the rescale would have changed? Activation scales hang on that."""
-    seen = [counts[p.weight] for p in (*layout.requantised, *layout.dequantised) if p.weight in counts]
+    seen = [counts[p.weight] for p in (*layout.requantized, *layout.dequantized) if p.weight in counts]
     return any(options.always or c.above for c in seen)
 
 
@@ -146,5 +146,5 @@ def finish_layout(layout: Layout, tensors: dict[str, Any], report: Report, *, in
     """``tensors`` after the layout step, changed in place; the report learns what it cost."""
     errors = apply_layout(layout, tensors, report.threads, inplace=inplace)
     report.requantized = {name: error.sqnr for name, error in errors.items()}
-    report.dequantized += [pair.weight for pair in layout.dequantised]
+    report.dequantized += [pair.weight for pair in layout.dequantized]
     return tensors

@@ -10,15 +10,15 @@ from typing import Any
 import safetensors
 import torch
 
-from .checkpoint import open_checkpoint
-from .errors import CheckpointError, OptionError
-from .formats import E4M3FN, FNUZ, HALF, Table
-from .kernel import Counts, translate
-from .memory import as_bytes
-from .options import Options
-from .plan import Plan, plan_for
+from ..checkpoint.files import open_checkpoint
+from ..codes.formats import E4M3FN, FNUZ, HALF, Table
+from ..codes.kernel import Counts, translate
+from ..codes.scales import check_scale, rescaled
+from ..errors import CheckpointError, OptionError
+from ..host.memory import as_bytes
+from ..options import Options
+from ..plan.pairs import Plan, plan_for
 from .rules import check_weights, dequantized
-from .scales import check_scale, rescaled
 
 
 class safe_open:

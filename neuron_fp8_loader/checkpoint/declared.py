@@ -1,4 +1,4 @@
-"""What a checkpoint's config files say about its quantisation.
+"""What a checkpoint's config files say about its quantization.
 
 Read to explain and to cross-check (block size, format names), never to decide what a tensor is: ignore lists are
 advisory and configs go stale, dtypes do not. So nothing in here raises: a broken file becomes a remark.
@@ -24,7 +24,7 @@ _MODELOPT_BLOCKS: dict[str, Block] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """The declared quantisation.
+    """The declared quantization.
 
     Attributes:
         source: the file that says so, e.g. ``"config.json"``; empty where no file says anything.
@@ -55,7 +55,7 @@ def read_declared(directory: Path, metadata: Mapping[str, str] | None = None) ->
 
 
 def _sections(directory: Path, metadata: Mapping[str, str], remarks: list[str]) -> Iterator[tuple[str, Section]]:
-    """(file, what it says of the quantisation), the most telling first, each with its ``quant_method``."""
+    """(file, what it says of the quantization), the most telling first, each with its ``quant_method``."""
     config = _json(directory / "config.json", remarks)
     parts = (config.get(part) for part in ("text_config", "llm_config", "language_config", "thinker_config"))
     for holder in (config, *parts):
@@ -199,7 +199,7 @@ def _quark_dtypes(section: Section) -> list[str]:
 
 
 def _torchao_types(section: Section) -> list[str]:
-    """The names of the quantisation configs, or of the tensor subclasses in a file's metadata."""
+    """The names of the quantization configs, or of the tensor subclasses in a file's metadata."""
     found = set(_text(section, "weights").split())
     kinds = section.get("quant_type")
     for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from .errors import ScaleError
+from ..errors import ScaleError
+from ..host.memory import allocate, shaped
+from ..host.parallel import run
 from .granularity import Granularity
-from .memory import allocate, shaped
-from .parallel import run
 from .scales import is_e8m0
 
 _TILE = 1 << 20  # weights at a time; their float32 values are four times that
@@ -23,7 +23,7 @@ def scale_values(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(raw == 255, torch.nan, torch.ldexp(torch.ones_like(raw, dtype=torch.float64), raw - 127))
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, threads: int = 1) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, threads: int = 1) -> torch.Tensor:
     """``weight x scale``, in float32, then rounded to bfloat16.
 
     Args:

@@ -1,6 +1,6 @@
 /* AVX2, 32 codes at a time. Compiled for AVX2 by attribute, called only where the CPU has it. */
 #include "codes.h"
-#include "requantise.h"
+#include "requantize.h"
 
 #ifdef FP8_HAVE_AVX2
 #include <immintrin.h>

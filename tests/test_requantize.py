@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from support import e4m3fn, fp8, ieee_e4m3, raw, sqnr
 
 from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
-from neuron_fp8_loader.checkpoint import describe
-from neuron_fp8_loader.granularity import Granularity
-from neuron_fp8_loader.layout import Layout, apply_layout
+from neuron_fp8_loader.checkpoint.files import describe
+from neuron_fp8_loader.codes.granularity import Granularity
+from neuron_fp8_loader.codes.requantize import best_mantissas
+from neuron_fp8_loader.load.state_dict import rescale_planned
 from neuron_fp8_loader.options import Options
-from neuron_fp8_loader.plan import Pair, make_plan
-from neuron_fp8_loader.requantise import best_mantissas
-from neuron_fp8_loader.rescale import rescale_planned
+from neuron_fp8_loader.plan.layout import Layout, apply_layout
+from neuron_fp8_loader.plan.pairs import Pair, make_plan
 
 FITTING = np.arange(0x78, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
@@ -35,7 +35,7 @@ def per_row(weight: torch.Tensor, scale: torch.Tensor, **options: object) -> tup
 
 
 def blocks(rng: np.random.Generator, rows: int, columns: int, block: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Gaussian weights, quantised per block to +-448."""
+    """Gaussian weights, quantized per block to +-448."""
     grid = math.ceil(rows / block[0]), math.ceil(columns / block[1])
     scale = torch.from_numpy(rng.uniform(0.5, 2.0, grid) * 1e-3).float()
     values = rng.normal(size=(rows, columns)) * 100

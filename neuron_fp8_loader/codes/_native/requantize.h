@@ -3,8 +3,8 @@
  * A code times block scale over row scale has 127 possible results for a given pair of scales, so this too is a
  * table look-up: a small cache holds the tables of the pairs met last.
  */
-#ifndef NEURON_FP8_REQUANTISE_H
-#define NEURON_FP8_REQUANTISE_H
+#ifndef NEURON_FP8_REQUANTIZE_H
+#define NEURON_FP8_REQUANTIZE_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -34,7 +34,7 @@ void fp8_run_max(const uint8_t *src, size_t rows, size_t columns, size_t width, 
 
 /* before: block scales, ceil(rows / height) x ceil(columns / width); after: one scale a row, none of them 0.
  * src and dst are rows x columns codes without gaps; dst may be src. Returns 0, or -1 when out of memory. */
-int fp8_requantise(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns,
+int fp8_requantize(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns,
                    size_t height, size_t width, const double *before, const double *after, fp8_error *error);
 
 #endif

@@ -11,7 +11,7 @@ import torch
 
 
 def allocate(nbytes: int) -> torch.Tensor:
-    """Uninitialised uint8 [nbytes] on the CPU, whatever the default device is (a loader may run inside
+    """Uninitialized uint8 [nbytes] on the CPU, whatever the default device is (a loader may run inside
     ``torch.device("meta")``)."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 

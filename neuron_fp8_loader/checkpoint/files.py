@@ -16,8 +16,8 @@ from typing import Any
 import safetensors
 import torch
 
-from .errors import CheckpointError, listing
-from .formats import E4M3FN, E4M3FNUZ
+from ..codes.formats import E4M3FN, E4M3FNUZ
+from ..errors import CheckpointError, listing
 
 _INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")

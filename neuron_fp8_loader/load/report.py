@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .kernel import Counts
-from .plan import size
+from ..codes.kernel import Counts
+from ..plan.pairs import size
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Report:
             if self.rescaled:
                 done.append(f"{len(self.rescaled)} rescaled ({self.method})")
         if self.dequantized:
-            done.append(f"{len(self.dequantized)} weights dequantised")
+            done.append(f"{len(self.dequantized)} weights dequantized")
         return done
 
     def _sqnr(self) -> str:

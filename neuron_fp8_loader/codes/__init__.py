@@ -1,0 +1,1 @@
+"""What the bytes mean: FP8 formats and their tables, scales, granularity, and the kernel that translates them."""

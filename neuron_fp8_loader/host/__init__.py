@@ -1,0 +1,1 @@
+"""The machine that loads: fresh memory, threads, and tensors that share memory."""
