@@ -16,8 +16,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from neuron_fp8_loader.checkpoint.files import open_checkpoint
-from neuron_fp8_loader.plan.pairs import plan_for
+from neuron_fp8_loader.checkpoint import open_checkpoint
+from neuron_fp8_loader.plan import plan_for
 
 from .common import RESULTS, console, machine, machine_line, write
 

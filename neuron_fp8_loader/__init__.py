@@ -12,7 +12,7 @@ from .load.report import Report
 from .load.slices import safe_open
 from .load.state_dict import rescale_state_dict
 from .options import Options
-from .plan.pairs import Plan, plan_checkpoint
+from .plan import Plan, plan_checkpoint
 
 __version__ = "0.1.0"
 

@@ -1,29 +1,88 @@
-"""The options that every way of loading takes."""
+"""The options that every way of loading takes: what becomes of the tensors, and how the work is done."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
 from .codes.formats import METHODS, Table
 from .errors import OptionError
 
 THREADS_ENV = "NEURON_FP8_LOADER_THREADS"
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": tuple(METHODS),
-    "nan": ("error", "keep"),
-    "unscaled": ("error", "dequantize", "keep"),
-    "activation_scales": ("rescale", "keep"),
-    "layout": ("keep", "per_channel", "per_tensor"),
+Method = Literal["half", "ratio"]
+Nan = Literal["error", "keep"]
+Unscaled = Literal["error", "dequantize", "keep"]
+ActivationScales = Literal["rescale", "keep"]
+LayoutName = Literal["keep", "per_channel", "per_tensor"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
+    "nan": get_args(Nan),
+    "unscaled": get_args(Unscaled),
+    "activation_scales": get_args(ActivationScales),
+    "layout": get_args(LayoutName),
 }
+"""What an option of a few words may be; the default comes first. The command line offers the same."""
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of ``Options``, for functions that take them as keyword arguments."""
+
+    method: Method
+    always: bool
+    nan: Nan
+    unscaled: Unscaled
+    activation_scales: ActivationScales
+    layout: LayoutName
+    dequantize: str | Sequence[str]
+    threads: int | None
+    progress: bool | None
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to rescale.
+class What:
+    """What becomes of the tensors; ``Options`` describes each field. Equal ones give the same result."""
+
+    method: str = "half"
+    always: bool = False
+    nan: str = "error"
+    unscaled: str = "error"
+    activation_scales: str = "rescale"
+    layout: str = "keep"
+    dequantize: str | Sequence[str] = ()
+
+    @property
+    def table(self) -> Table:
+        return METHODS[self.method]
+
+
+@dataclass(frozen=True)
+class How:
+    """How the work is done; the result does not depend on it."""
+
+    threads: int | None = None
+    progress: bool | None = None
+
+    def thread_count(self) -> int:
+        """The number of threads to use. Raises OptionError for a malformed environment variable."""
+        if self.threads is not None:
+            return self.threads
+        text = os.environ.get(THREADS_ENV, "").strip()
+        if text:
+            if not text.isdecimal() or int(text) < 1:
+                raise OptionError(f"{THREADS_ENV}={text}: expected a whole number from 1 up")
+            return int(text)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # reads wait for the disk, so a few more than the cores of a small host; beyond 32 memory is the limit
+        return min(32, max(4, cores))
+
+
+@dataclass(frozen=True)
+class Options(How, What):
+    """What becomes of the tensors, and how the work is done.
 
     Attributes:
         method: ``"half"`` (weight / 2, scale x 2; exact but for 8 of 126 codes) or ``"ratio"`` (448/240, byte for
@@ -33,27 +92,17 @@ class Options:
         unscaled: an e4m3fn weight that does not fit and has no scale is an ``"error"``; ``"dequantize"`` returns
             unscaled weights as bfloat16 (exact), ``"keep"`` as they are.
         activation_scales: static activation and KV cache scales, calibrated for +-448: ``"rescale"`` multiplies all
-            of them by the method's factor if any weight was rescaled, ``"keep"`` leaves them.
+            of them by the method's factor if any weight of the checkpoint did not fit, ``"keep"`` leaves them.
         layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
-            are requantized, see ``requantize``), ``"per_tensor"`` [1].
+            are requantized, which rounds once more; see ``codes.requantize``), ``"per_tensor"`` [1].
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
         progress: show a progress bar; default: on a terminal, for loads that last.
     """
 
-    method: str = "half"
-    always: bool = False
-    nan: str = "error"
-    unscaled: str = "error"
-    activation_scales: str = "rescale"
-    layout: str = "keep"
-    dequantize: str | Sequence[str] = ()
-    threads: int | None = None
-    progress: bool | None = None
-
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, choices))}")
         patterns = (self.dequantize,) if isinstance(self.dequantize, str) else self.dequantize
@@ -78,18 +127,6 @@ class Options:
         return cls(**options)
 
     @property
-    def table(self) -> Table:
-        return METHODS[self.method]
-
-    def thread_count(self) -> int:
-        """The number of threads to use. Raises OptionError for a malformed environment variable."""
-        if self.threads is not None:
-            return self.threads
-        text = os.environ.get(THREADS_ENV, "").strip()
-        if text:
-            if not text.isdecimal() or int(text) < 1:
-                raise OptionError(f"{THREADS_ENV}={text}: expected a whole number from 1 up")
-            return int(text)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # reads wait for the disk, so a few more than the cores of a small host; beyond 32 memory is the limit
-        return min(32, max(4, cores))
+    def what(self) -> What:
+        """The part that the result depends on."""
+        return What(**{f.name: getattr(self, f.name) for f in fields(What)})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file as original
 from support import header, same_bytes, save, save_shards, write_index
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict, plan_checkpoint
-from neuron_fp8_loader.checkpoint.files import open_checkpoint
+from neuron_fp8_loader.checkpoint import open_checkpoint
 from neuron_fp8_loader.errors import CheckpointError
 
 A, B, C = ({name: torch.full((2, 3), value)} for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)))

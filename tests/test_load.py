@@ -24,7 +24,7 @@ from support import (
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict, plan_checkpoint
 from neuron_fp8_loader.errors import ScaleError
-from neuron_fp8_loader.plan.pairs import Plan
+from neuron_fp8_loader.plan import Plan
 
 THREE = ("weight_scale", "weight_scale_inv", "scale")
 REAL = [

@@ -9,11 +9,11 @@ import torch
 from support import TINY, codes, random_codes, save, save_shards, shared
 
 from neuron_fp8_loader import conventions, plan_checkpoint
+from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.checkpoint.declared import Declared, read_declared
-from neuron_fp8_loader.checkpoint.files import describe
 from neuron_fp8_loader.conventions import Convention
 from neuron_fp8_loader.errors import OptionError, PlanError
-from neuron_fp8_loader.plan.pairs import Plan, make_plan
+from neuron_fp8_loader.plan import Plan, make_plan
 
 FP8 = torch.float8_e4m3fn
 

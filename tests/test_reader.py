@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from support import halved, random_codes, same_bytes, save, save_shards
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict
-from neuron_fp8_loader.checkpoint import reader
-from neuron_fp8_loader.checkpoint.files import TensorInfo
+from neuron_fp8_loader.checkpoint import TensorInfo, reader
 from neuron_fp8_loader.errors import CheckpointError
 from neuron_fp8_loader.host import parallel
 from neuron_fp8_loader.host.parallel import PIECE

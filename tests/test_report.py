@@ -13,7 +13,7 @@ from support import TINY, codes, raw, save
 
 from neuron_fp8_loader import kernel, load_checkpoint
 from neuron_fp8_loader.errors import listing
-from neuron_fp8_loader.plan.pairs import size
+from neuron_fp8_loader.host.units import size
 
 
 @pytest.fixture

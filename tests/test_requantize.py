@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from support import e4m3fn, fp8, ieee_e4m3, raw, sqnr
 
 from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
-from neuron_fp8_loader.checkpoint.files import describe
+from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.codes.granularity import Granularity
 from neuron_fp8_loader.codes.requantize import best_mantissas
-from neuron_fp8_loader.load.state_dict import rescale_planned
+from neuron_fp8_loader.load.layout import prepare_layout
+from neuron_fp8_loader.load.state_dict import rescale_by
 from neuron_fp8_loader.options import Options
-from neuron_fp8_loader.plan.layout import Layout, apply_layout
-from neuron_fp8_loader.plan.pairs import Pair, make_plan
+from neuron_fp8_loader.plan import Pair, Plan, make_plan, make_recipe
 
 FITTING = np.arange(0x78, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
@@ -62,7 +62,7 @@ def test_every_value_is_rounded_once(rows: int, columns: int, block: tuple[int, 
 
     pair = Pair("a.weight", "a.weight_scale", "weight_scale", Granularity("block", block))
     tensors = {"a.weight": weight, "a.weight_scale": scale}
-    apply_layout(Layout((pair,)), tensors, 2, inplace=False)
+    lay_out(pair, tensors)
     new, row_scale = tensors["a.weight"], tensors["a.weight_scale"]
 
     assert new.dtype == torch.float8_e4m3fn
@@ -81,12 +81,18 @@ def test_every_value_is_rounded_once(rows: int, columns: int, block: tuple[int, 
         np.testing.assert_array_equal(got[normal], wanted[normal])
 
 
+def lay_out(pair: Pair, tensors: dict[str, torch.Tensor]) -> None:
+    plan = Plan("test", {name: describe(name, t) for name, t in tensors.items()}, pairs=(pair,))
+    prepared = prepare_layout(make_recipe(plan, Options(layout="per_channel")), tensors, {}, 2)
+    tensors.update(prepared.carry_out(2))
+
+
 def test_error_reported_is_the_error_made() -> None:
 
     weight, scale = blocks(np.random.default_rng(0), 300, 513, (128, 128))
     sd = {"a.weight": weight, "a.weight_scale_inv": scale}
     plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
-    out, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    out, report = rescale_by(sd, make_recipe(plan, what := Options(layout="per_channel")), what, inplace=False)
     before = e4m3fn(weight) * expand(scale, (128, 128), (300, 513))
     after = e4m3fn(out["a.weight"]) * out["a.weight_scale_inv"].double().numpy()
     assert report.requantized["a.weight"] == pytest.approx(sqnr(before, after), abs=0.01)
@@ -190,7 +196,7 @@ def test_scales_forty_orders_apart_are_reported() -> None:
     weight.view(torch.uint8)[:, :128] = 0
     sd = {"a.weight": weight, "a.weight_scale": torch.tensor([[1e20, 1e-20]])}
     plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
-    _, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    _, report = rescale_by(sd, make_recipe(plan, what := Options(layout="per_channel")), what, inplace=False)
     assert report.requantized["a.weight"] > 100
     assert "1 of 1 FP8 weights block -> row" in report.summary()
 
@@ -199,7 +205,7 @@ def test_tied_weights_are_both_reported() -> None:
     weight, scale = blocks(np.random.default_rng(9), 128, 256, (128, 128))
     sd = {"a.weight": weight, "a.weight_scale": scale, "b.weight": weight, "b.weight_scale": scale}
     plan = make_plan({n: describe(n, t) for n, t in sd.items()}, "test")
-    _, report = rescale_planned(sd, plan, Options(layout="per_channel"), inplace=False)
+    _, report = rescale_by(sd, make_recipe(plan, what := Options(layout="per_channel")), what, inplace=False)
     assert set(report.requantized) == {"a.weight", "b.weight"}
 
 

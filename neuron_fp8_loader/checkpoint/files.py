@@ -98,6 +98,16 @@ class Checkpoint:
     def is_bin(self) -> bool:
         return self.files[0].suffix == ".bin"
 
+    @property
+    def source(self) -> Any:
+        from .source import source_of
+
+        return source_of(self)
+
+    @property
+    def fingerprint(self) -> Any:
+        return (self.files, self.digests)
+
     def selected_tensors(self) -> list[TensorInfo]:
         return [info for info in self.tensors.values() if info.file in self.selected]
 

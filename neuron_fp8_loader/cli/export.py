@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..plan.pairs import size
+from ..host.units import size
 from ..tools.export import Export, prepare_export
 from .console import (
     Command,
@@ -47,7 +47,9 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     if as_json:
         print_json("export", as_data(ckpt, made, dry_run=dry_run, resumed=resumed, already=finished))
     elif not dry_run and not finished:
-        click.echo(f"done: {made.rescaled} of {len(made.plan.pairs)} FP8 weights rescaled ({made.options.method})")
+        click.echo(
+            f"done: {made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"
+        )
         click.echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
 
 
@@ -64,7 +66,7 @@ def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bo
         "carried_over": [str(other) for other in made.others],
         "bytes": made.needed,
         "method": made.options.method,
-        "fp8_weights": len(made.plan.pairs),
+        "fp8_weights": len(made.recipe.plan.pairs),
         "rescaled": made.rescaled if made.state else None,
     }
 

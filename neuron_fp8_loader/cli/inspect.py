@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import click
 from rich.console import Console
 
-from ..checkpoint.files import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..host.units import size
 from ..options import Options
-from ..plan.pairs import Plan, plan_for, size
+from ..plan import Pair, Plan, recipe_for
 from ..tools.scan import Scan, WeightCodes, scan
 from ..tools.settings import nxd_layout
 from .console import (
@@ -69,8 +71,9 @@ def inspect(
         if headers_only:
             raise click.UsageError("--plot needs the weights; leave out --headers-only")
     checkpoint = open_checkpoint(ckpt)
-    plan = plan_for(checkpoint)
-    found = None if headers_only else scan(checkpoint, plan, options)
+    recipe = recipe_for(checkpoint, options)
+    plan = recipe.plan
+    found = None if headers_only else scan(checkpoint, recipe, options)
     if plot and found and found.weights:
         from ..tools.plot import write_plot
 
@@ -88,6 +91,7 @@ def inspect(
 def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -> dict[str, Any]:
     """The JSON of the command."""
     quantization_type, layout = nxd_layout(plan)
+    rescaled = frozenset(found.rescaled) if found else frozenset()
     data: dict[str, Any] = {
         "checkpoint": ckpt,
         "files": len(checkpoint.files),
@@ -106,7 +110,7 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
         "untouched_fp8": list(plan.untouched_fp8),
         "unquantized": list(plan.unquantized),
         "nxd": {"quantization_type": quantization_type, "layout": layout},
-        "pairs": [_pair(plan, pair, found) for pair in plan.pairs],
+        "pairs": [_pair(plan, pair, found, rescaled) for pair in plan.pairs],
         "codes": None,
         "load": None,
     }
@@ -124,16 +128,18 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
             "histogram_after": after,
         }
         data["load"] = {
-            "method": found.options.method,
+            "method": found.recipe.what.method,
             "rescaled": len(found.rescaled),
+            "requantized": len(found.requantized),
+            "dequantized": len(found.dequantized),
             "rounded_codes": found.rounded,
             "refusals": list(found.refusals),
         }
     return data
 
 
-def _pair(plan: Plan, pair: Any, found: Scan | None) -> dict[str, Any]:
-    data = {
+def _pair(plan: Plan, pair: Pair, found: Scan | None, rescaled: Collection[str]) -> dict[str, Any]:
+    data: dict[str, Any] = {
         "weight": pair.weight,
         "scale": pair.scale,
         "convention": pair.convention,
@@ -142,14 +148,14 @@ def _pair(plan: Plan, pair: Any, found: Scan | None) -> dict[str, Any]:
         "scale_shape": list(plan.tensors[pair.scale].shape),
         "scale_dtype": plan.tensors[pair.scale].dtype,
     }
-    if found:
-        codes = found.weights[pair.weight]
+    codes = found.weights.get(pair.weight) if found else None
+    if codes and found:
         data |= {
             "codes": codes.numel,
             "as_inf": codes.as_inf,
             "as_nan": codes.as_nan,
             "nan": codes.nan,
-            "rescaled": pair.scale in found.convert,
+            "rescaled": pair.weight in rescaled,
         }
     return data
 
@@ -222,12 +228,14 @@ def _show_codes(out: Console, found: Scan, top: int) -> None:
     if found.refusals:
         lines = [("refuse", one_line(text)) for text in found.refusals]
     else:
-        done = f"{rescaled} of {weights} weights ({found.options.method}); {rounded} codes would be rounded"
+        done = f"{rescaled} of {weights} weights ({found.recipe.what.method}); {rounded} codes would be rounded"
         lines = [("rescale", f"{done} ({percent(rounded, found.numel)})" if rescaled else "nothing: all fits already")]
-        if rescaled and found.plan.activation_scales and found.options.activation_scales == "rescale":
+        if rescaled and found.plan.activation_scales and found.recipe.what.activation_scales == "rescale":
             lines.append(("", f"{len(found.plan.activation_scales)} static activation and KV scales with them"))
-        if found.plan.unscaled and found.options.unscaled == "dequantize":
-            lines.append(("dequantize", f"{len(found.plan.unscaled)} weights without a scale, to bfloat16"))
+        if found.requantized:
+            lines.append(("requantize", f"{len(found.requantized)} weights from block scales to row scales"))
+        if found.dequantized:
+            lines.append(("dequantize", f"{len(found.dequantized)} weights, to bfloat16"))
     say(out, facts(lines))
 
 

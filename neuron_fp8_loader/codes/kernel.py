@@ -103,10 +103,11 @@ def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) 
         histogram += torch.bincount(index, minlength=256)
         if dst is not None:
             torch.index_select(out, 0, index, out=dst[start : start + _CHUNK])
-    return _summarize(histogram, table)
+    return summarize(histogram, table)
 
 
-def _summarize(histogram: torch.Tensor, table: Table) -> Counts:
+def summarize(histogram: torch.Tensor, table: Table) -> Counts:
+    """The counts that ``translate`` gives; ``histogram``, int64 [256], says how often each byte occurs."""
     seen = histogram.tolist()
     if table.source == E4M3FN:
         is_nan = [byte & 0x7F == NAN_CODE for byte in range(256)]

@@ -28,15 +28,15 @@ _GRID = 32  # evenly spaced candidates for a mantissa
 _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, which make those blocks exact
 
 
-class Error(NamedTuple):
+class Fidelity(NamedTuple):
     """What a requantization changed: sums of squares over finite weights, in the checkpoint's own values."""
 
     signal: float = 0.0
     noise: float = 0.0
 
-    def __add__(self, other: object) -> Error:
-        assert isinstance(other, Error)
-        return Error(self.signal + other.signal, self.noise + other.noise)
+    def __add__(self, other: object) -> Fidelity:
+        assert isinstance(other, Fidelity)
+        return Fidelity(self.signal + other.signal, self.noise + other.noise)
 
     @property
     def sqnr(self) -> float:
@@ -75,7 +75,7 @@ def tiles(
     return out
 
 
-def requantize(tile: Tile) -> Error:
+def requantize(tile: Tile) -> Fidelity:
     """Requantize one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
     scales = tile.scales
     largest, occupied = _largest(tile)
@@ -175,18 +175,18 @@ def _largest(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     return values.amax(dim=1), whole.view(-1, height, across).amax(dim=1) > 0
 
 
-def _look_up(tile: Tile, row_scales: torch.Tensor) -> Error:
+def _look_up(tile: Tile, row_scales: torch.Tensor) -> Fidelity:
     rows, columns = tile.src.shape
     if tile.src.numel() == 0:
-        return Error()
+        return Fidelity()
     if kernel.active != "torch":
         scales = tile.scales.contiguous()
         src, dst = tile.src.data_ptr(), tile.dst.data_ptr()
         shape = (rows, columns, *tile.block)
-        return Error(*_kernel.requantize(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
+        return Fidelity(*_kernel.requantize(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
     height, width = tile.block
     before = tile.scales.repeat_interleave(height, dim=0)[:rows]
-    total = Error()
+    total = Fidelity()
     for first, last in _slices(rows, columns):
         part = slice(first, last)
         total += _look_up_torch(tile.src[part], tile.dst[part], before[part], row_scales[part], width)
@@ -195,7 +195,7 @@ def _look_up(tile: Tile, row_scales: torch.Tensor) -> Error:
 
 def _look_up_torch(
     src: torch.Tensor, dst: torch.Tensor, before: torch.Tensor, row_scales: torch.Tensor, width: int
-) -> Error:
+) -> Fidelity:
     columns = src.shape[1]
     ratios, which = torch.unique(before / row_scales[:, None], return_inverse=True)
     tables = _codes_of(_VALUES * ratios[:, None])
@@ -206,7 +206,7 @@ def _look_up_torch(
     was = _VALUES[codes.int()] * before.repeat_interleave(width, dim=1)[:, :columns]
     change = _VALUES[new.int()] * row_scales[:, None] - was
     dst.copy_(new | (src & 0x80))
-    return Error(float(was.square().sum()), float(change.square().sum()))
+    return Fidelity(float(was.square().sum()), float(change.square().sum()))
 
 
 def _codes_of(values: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@
 """
 
 from .activations import ACTIVATION_RULES, ActivationRule, activation_rule, partner_of
-from .lookalikes import PACKED_DTYPES, is_marker, packed_owners
-from .registry import Convention, candidates, conventions, register, unregister
+from .convention import Convention
+from .lookalikes import PACKED_DTYPES, is_marker, packed_owners, weight_endings
+from .registry import candidates, conventions, module_of, register, unregister
 from .table import table
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "candidates",
     "conventions",
     "is_marker",
+    "module_of",
     "packed_owners",
     "partner_of",
     "register",
     "table",
     "unregister",
+    "weight_endings",
 ]

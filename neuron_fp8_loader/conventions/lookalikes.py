@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .registry import conventions, follows_a_rule, rename
+from .convention import rename
+from .registry import conventions, follows_a_rule, weight_tails
 
 PACKED_DTYPES = ("uint8", "int8", "int32", "float4_e2m1fn_x2")
 """dtypes of weights that hold other formats: NVFP4, MXFP4, INT8, INT4."""
@@ -28,6 +29,14 @@ def packed_owners(scale: str) -> Iterator[str]:
                 owner = rename("{}", template, weight)
                 if owner is not None:
                     yield owner
+
+
+_OTHER_ENDINGS = ("", "_weight", ".weight_packed", "_packed", "_blocks", ".qweight", "_qweight")
+
+
+def weight_endings() -> tuple[str, ...]:
+    """What may follow a module's name in its weight's: FP8 weights', and those of formats that are left alone."""
+    return (*weight_tails(), *_OTHER_ENDINGS)
 
 
 _MARKER = re.compile(r"(^|\.)scaled_fp8$")

@@ -3,88 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from ..errors import OptionError
+from .convention import Convention
 from .published import PUBLISHED
 
 
-@dataclass(frozen=True)
-class Convention:
-    """One rule ``weight name -> scale name``.
-
-    Attributes:
-        name: what plans and reports call it.
-        weight, scale: templates with one ``{}``, e.g. ``"{}.weight"`` and ``"{}.weight_scale"``.
-        producers: who writes checkpoints like this.
-        beats: names of conventions that do not count where this one matches too.
-    """
-
-    name: str
-    weight: str
-    scale: str
-    producers: str = ""
-    beats: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for template in (self.weight, self.scale):
-            if template.count("{}") != 1:
-                raise OptionError(f"convention {self.name!r}: {template!r} must hold exactly one {{}}")
-        if self.weight == self.scale:
-            raise OptionError(f"convention {self.name!r}: weight and scale are both {self.weight!r}")
+class _Registry(tuple[Convention, ...]):
+    """The rules in the order in which they are tried, and what follows from them. A change makes a new one."""
 
     @cached_property
-    def ends(self) -> tuple[str, str, str, str]:
-        """What lies before and after the prefix, in the weight's name and in the scale's."""
-        return (*_parts(self.weight)[:2], *_parts(self.scale)[:2])
+    def scale_tails(self) -> tuple[str, ...]:
+        return tuple({rule.ends[3] for rule in self})
 
-    def scale_of(self, weight: str) -> str | None:
-        """The name that the scale of ``weight`` would have, or None where the rule is not about it."""
-        return rename(self.weight, self.scale, weight)
-
-    def weight_of(self, scale: str) -> str | None:
-        """The name of the weight that ``scale`` would belong to."""
-        return rename(self.scale, self.weight, scale)
+    @cached_property
+    def weight_tails(self) -> tuple[str, ...]:
+        """Ends of weights' names, the longest first; not the empty one of fused experts."""
+        return tuple(sorted({rule.ends[1] for rule in self} - {""}, key=lambda tail: (-len(tail), tail)))
 
 
-@lru_cache(maxsize=1024)
-def _parts(template: str) -> tuple[str, str, int]:
-    head, tail = template.split("{}")
-    return head, tail, len(head) + len(tail)
-
-
-def rename(source: str, target: str, name: str) -> str | None:
-    """``rename("{}.weight", "{}.scale", "a.weight")`` is ``"a.scale"``; None where ``source`` does not fit."""
-    head, tail, least = _parts(source)
-    if not name.endswith(tail) or not name.startswith(head) or len(name) <= least:
-        return None
-    before, after, _ = _parts(target)
-    return before + name[len(head) : len(name) - len(tail)] + after
-
-
-_REGISTRY: list[Convention] = [Convention(*row) for row in PUBLISHED]
+_registry = _Registry(PUBLISHED)
 
 
 def conventions() -> tuple[Convention, ...]:
     """All known conventions, in the order in which they are tried."""
-    return tuple(_REGISTRY)
-
-
-def _tails() -> tuple[str, ...]:
-    return tuple({rule.ends[3] for rule in _REGISTRY})
-
-
-_scale_tails = _tails()
+    return _registry
 
 
 def follows_a_rule(scale: str) -> bool:
     """Could ``scale`` be some weight's scale, by the end of its name? Spares most names the search."""
-    return scale.endswith(_scale_tails)
+    return scale.endswith(_registry.scale_tails)
+
+
+def module_of(weight: str) -> str:
+    """The module that a weight of no known scale belongs to: its name without ``.weight`` and its like."""
+    for tail in _registry.weight_tails:
+        if len(weight) > len(tail) and weight.endswith(tail):
+            return weight.removesuffix(tail)
+    return weight
+
+
+def weight_tails() -> tuple[str, ...]:
+    """What the names of weights end in, by the known conventions; not the empty end of fused experts' names."""
+    return _registry.weight_tails
 
 
 def _names() -> str:
-    return ", ".join(known.name for known in _REGISTRY)
+    return ", ".join(known.name for known in _registry)
 
 
 def register(convention: Convention) -> None:
@@ -93,39 +59,33 @@ def register(convention: Convention) -> None:
     Raises:
         OptionError: the name is taken by another rule, or the rule beats one that is not known.
     """
-    for known in _REGISTRY:
+    global _registry
+    for known in _registry:
         if known.name == convention.name and known != convention:
             raise OptionError(f"a convention called {convention.name!r} is registered already: {known}")
-    unknown = [name for name in convention.beats if name not in {known.name for known in _REGISTRY}]
+    unknown = [name for name in convention.beats if name not in {known.name for known in _registry}]
     if unknown:
         raise OptionError(
             f"convention {convention.name!r} beats {', '.join(map(repr, unknown))}, which is not known; "
             f"there are {_names()}"
         )
-    if convention not in _REGISTRY:
-        _REGISTRY.insert(0, convention)
-        _changed()
+    if convention not in _registry:
+        _registry = _Registry((convention, *_registry))
 
 
 def unregister(name: str) -> None:
     """Take a convention out again. Raises OptionError, listing the known ones, for an unknown name."""
-    for known in _REGISTRY:
-        if known.name == name:
-            _REGISTRY.remove(known)
-            _changed()
-            return
-    raise OptionError(f"no convention {name!r}; there are {_names()}")
-
-
-def _changed() -> None:
-    global _scale_tails
-    _scale_tails = _tails()
+    global _registry
+    left = _Registry(known for known in _registry if known.name != name)
+    if len(left) == len(_registry):
+        raise OptionError(f"no convention {name!r}; there are {_names()}")
+    _registry = left
 
 
 def candidates(weight: str, names: Container[str]) -> list[tuple[Convention, str]]:
     """The rules whose scale for ``weight`` is among ``names``, one a scale, beaten ones left out."""
     found: dict[str, Convention] = {}
-    for rule in _REGISTRY:  # spelt out: this runs for every FP8 weight, of which there may be 50,000
+    for rule in _registry:  # spelt out: this runs for every FP8 weight, of which there may be 50,000
         head, tail, before, after = rule.ends
         if weight.endswith(tail) and weight.startswith(head):
             prefix = weight[len(head) : len(weight) - len(tail)]

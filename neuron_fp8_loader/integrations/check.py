@@ -12,7 +12,7 @@ from ..codes.formats import E4M3FN, HALF
 from ..errors import WeightError, listing
 from ..host.memory import as_bytes
 from ..host.sharing import span
-from ..load.rules import count_codes
+from ..load.checks import count_codes
 from ..options import Options
 
 _PACKED = (torch.uint8, torch.int8, torch.int32)

@@ -11,8 +11,7 @@ from ..codes.device import needs_rescale, platform
 from ..codes.formats import METHODS
 from ..errors import OptionError
 from ..options import Options
-from ..plan.layout import module_of
-from ..plan.pairs import Plan
+from ..plan import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -83,6 +82,4 @@ def dequantized(plan: Plan, options: Mapping[str, Any]) -> set[str]:
     """The FP8 weights of a checkpoint that these options have returned as bfloat16."""
     chosen = Options.of(options)
     names = set(plan.unscaled) if chosen.unscaled == "dequantize" else set()
-    return names | {
-        p.weight for p in plan.pairs if any(fnmatchcase(module_of(p.weight), d) for d in chosen.dequantize)
-    }
+    return names | {p.weight for p in plan.pairs if any(fnmatchcase(p.module, d) for d in chosen.dequantize)}

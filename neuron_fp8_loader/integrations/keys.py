@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import PlanError
-from ..plan.layout import module_of
-from ..plan.pairs import Plan
+from ..plan import Plan
 
 
 def nxd_names(plan: Plan) -> dict[str, str]:
     """Old name -> new name of what NxD would not find. ``X.weight_scale`` is renamed by NxD Inference itself."""
     names = {}
     for pair in plan.pairs:
-        module = module_of(pair.weight)
+        module = pair.module
         if pair.weight != module:
             names[pair.weight] = f"{module}.weight"
         if pair.scale != f"{module}.weight_scale":
@@ -35,8 +35,8 @@ def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str], source: str
         for old, new in names.items()
         if old in state_dict and new in state_dict and new not in names
     ]
-    there = [names[name] for name in state_dict if name in names]
-    taken += [f"{new}: two tensors would get this name" for new in sorted(set(there)) if there.count(new) > 1]
+    there = Counter(names[name] for name in state_dict if name in names)
+    taken += [f"{new}: two tensors would get this name" for new in sorted(there) if there[new] > 1]
     if taken:
         raise PlanError(source, taken)
     return {names.get(name, name): value for name, value in state_dict.items()}

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import describe
 from ..checkpoint.declared import read_declared
-from ..checkpoint.files import describe
 from ..load.files import load_checkpoint
-from ..load.state_dict import rescale_planned
+from ..load.state_dict import rescale_by
 from ..options import Options
-from ..plan.pairs import Plan, make_plan, plan_checkpoint
+from ..plan import Plan, make_plan, make_recipe, plan_checkpoint
 from .check import check_ready
 from .flag import FLAG, options_for, parse
 from .keys import nxd_names, reads_scale_inv, renamed
@@ -128,7 +128,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
             where = Path(path)
             plan = make_plan(infos, cls.__name__, read_declared(where if where.is_dir() else where.parent))
             options = Options.of(session.options_for(plan))
-            state_dict, _ = rescale_planned(state_dict, plan, options, inplace=True)
+            state_dict, _ = rescale_by(state_dict, make_recipe(plan, options), options, inplace=True)
             state_dict = session.named(state_dict, plan)
         return convert(state_dict, *args, **kwargs)
 

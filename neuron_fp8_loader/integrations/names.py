@@ -13,9 +13,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..conventions import module_of
 from ..errors import listing
-from ..plan.layout import module_of
-from ..plan.pairs import Plan
+from ..plan import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
 

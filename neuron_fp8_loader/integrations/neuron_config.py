@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import describe, load_bin
+from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, listing
-from ..plan.pairs import Plan, make_plan, plan_checkpoint
+from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import FLAG, acts, dequantized, parse
 from .names import contradictions, modules_to_not_convert
 

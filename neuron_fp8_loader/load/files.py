@@ -1,36 +1,34 @@
-"""Checkpoint in, Neuron-ready state dict out."""
+"""The driver for checkpoints on disk: a Neuron-ready state dict in one pass over the bytes."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
-from ..checkpoint.reader import Decision, WeightJob, find_overflow, read, visit
-from ..codes.formats import E4M3FN, FNUZ, HALF
+from ..checkpoint import Checkpoint, Decision, WeightJob, open_checkpoint
+from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError, listing
+from ..host.cache import cached, keep
 from ..options import Options
-from ..plan.layout import Layout, check_layout, plan_layout, within
-from ..plan.pairs import Plan, plan_for
-from .report import Report
-from .rules import (
-    add_up,
-    check_weights,
-    dequantized,
-    finish_layout,
-    laid_out_overflow,
-    make_report,
-    new_scales,
-)
-from .state_dict import rescale_planned
+from ..plan import Plan, Recipe, Verdict, recipe_for
+from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
+from .finish import finished
+from .layout import check_layout, prepare_layout
+from .report import Report, make_report
+from .state_dict import rescale_by
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import OptionKeywords
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -41,7 +39,7 @@ class LoadedCheckpoint:
 
     Attributes:
         state_dict: name -> CPU tensor, in the order of the files.
-        plan: what was to be done.
+        plan: what was known of it from its headers.
         report: what was done, with counts.
         metadata: the safetensors metadata of the files read.
     """
@@ -52,7 +50,7 @@ class LoadedCheckpoint:
     metadata: dict[str, str]
 
 
-def load_state_dict(path: str | os.PathLike[str], **options: Any) -> dict[str, torch.Tensor]:
+def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> dict[str, torch.Tensor]:
     """Load an FP8 checkpoint Neuron-ready: every e4m3fn weight fits +-240 and its scale makes up for it.
 
     Args:
@@ -69,12 +67,12 @@ def load_state_dict(path: str | os.PathLike[str], **options: Any) -> dict[str, t
 
 
 def load_file(
-    path: str | os.PathLike[str], device: str | int | torch.device = "cpu", **options: Any
+    path: str | os.PathLike[str], device: str | int | torch.device = "cpu", **options: Unpack[OptionKeywords]
 ) -> dict[str, torch.Tensor]:
     """Drop-in for ``safetensors.torch.load_file``: the tensors of one shard, Neuron-ready.
 
-    A pair may reach into a sibling shard, found through the index beside it; what is decided there (does the weight
-    fit?) is decided as for the whole checkpoint, so shards loaded one by one go together.
+    A pair may reach into a sibling shard, found through the index beside it. What is decided there (does the weight
+    fit?) is decided as for the whole checkpoint, so shards that are loaded one by one go together.
 
     Args, Returns, Raises: as ``load_state_dict``, for one file; ``device`` is where the tensors go once rescaled.
     """
@@ -84,95 +82,116 @@ def load_file(
     return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
-def load_checkpoint(path: str | os.PathLike[str], **options: Any) -> LoadedCheckpoint:
+def load_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> LoadedCheckpoint:
     """``load_state_dict``, with the plan and a report of what was done. Same arguments and errors."""
     begin = time.perf_counter()
     chosen = Options.of(options)
     checkpoint = open_checkpoint(path)
-    plan = plan_for(checkpoint)
+    recipe = recipe_for(checkpoint, chosen)
+    plan = recipe.plan
     for warning in plan.warnings:
         log.warning("%s: %s", plan.source, warning)
-    load = _load_bin if checkpoint.is_bin else _load_safetensors
-    state_dict, report = load(checkpoint, plan, chosen)
+    state_dict, report = load_by(checkpoint, recipe, chosen)
     report.seconds = time.perf_counter() - begin
     log.info("%s: %s", plan.source, report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
 
 
-def _load_safetensors(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
-    infos = checkpoint.selected_tensors()
-    names = {info.name for info in infos}
-    threads, table = options.thread_count(), options.table
-    layout = plan_layout(plan, options)
-    _check_together(layout, plan, names)
-    _check_unscaled_first(plan, names, options)
-    layout = within(layout, names)
-
-    jobs = {name: WeightJob(HALF) for name in plan.unscaled}
-    jobs |= {name: WeightJob(FNUZ, Decision(convert=True)) for name in plan.fnuz}
-    decisions: dict[str, Decision] = {}  # by scale
-    for group in plan.groups:
-        if group[0].weight in layout.raw:
-            jobs |= {pair.weight: WeightJob(HALF) for pair in group}
-            continue
-        decision = Decision(convert=options.always)
-        decisions[group[0].scale] = decision
-        jobs |= {pair.weight: WeightJob(table, decision) for pair in group}
-        # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
-        apart = [plan.tensors[p.weight] for p in group if p.weight not in names]
-        touched = not names.isdisjoint([group[0].scale, *(p.weight for p in group)])
-        if apart and touched and not decision.convert:
-            decision.convert = find_overflow(apart, table)
-
-    here = {name: job for name, job in jobs.items() if name in names}
-    tensors, counts = read(infos, here, threads, options.progress)
-    check_weights(plan, counts, options)
-    convert = {scale for scale, decision in decisions.items() if decision.convert}
-    any_converted = (
-        bool(convert) or laid_out_overflow(layout, counts, options) or _others_convert(plan, names, options)
-    )
-    scales = new_scales(plan, tensors, convert, any_converted, options)
-    check_layout(layout, plan, tensors)
-    weights = {name for name in here if plan.scale_of.get(name) in convert}
-    report = make_report(plan, options, tensors, counts, weights, scales)
-    tensors |= scales | {name: tensors[name].view(E4M3FN) for name in plan.fnuz if name in names}
-    tensors |= dequantized(plan, tensors, options)
-    return finish_layout(layout, tensors, report, inplace=True), report
+def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
+    """Load the selected files of a checkpoint by a recipe for the whole of it."""
+    names = [info.name for info in checkpoint.selected_tensors()]
+    mapped = checkpoint.source.mapped()
+    if mapped is not None:
+        # all of them, even for one shard of several: right, but not fast; such files are not made to be read in parts
+        state_dict, report = rescale_by(mapped, recipe, options, inplace=False)
+        if checkpoint.selected != frozenset(checkpoint.files):
+            state_dict = {recipe.steps[name].out: state_dict[recipe.steps[name].out] for name in names}
+        return state_dict, report
+    return _Load(checkpoint, recipe, recipe.within(names), options).run()
 
 
-def _check_together(layout: Layout, plan: Plan, names: Collection[str]) -> None:
-    touched = [p for p in plan.pairs if p.weight in layout.raw or p.scale in layout.reshaped]
-    apart = [f"{p.weight} / {p.scale}" for p in touched if (p.weight in names) != (p.scale in names)]
-    if apart:
-        raise CheckpointError(
-            f"{plan.source}: layout and dequantize need a weight and its scale together; load the directory instead "
-            f"of one shard, {listing('pair', apart)} in different shards"
-        )
+class _Load:
+    """One load: ``whole`` is the recipe of the checkpoint, ``recipe`` the part of it that is read."""
+
+    def __init__(self, checkpoint: Checkpoint, whole: Recipe, recipe: Recipe, options: Options) -> None:
+        self.checkpoint, self.whole, self.recipe, self.options = checkpoint, whole, recipe, options
+        self.threads, self.source = options.thread_count(), checkpoint.source
+
+    def run(self) -> tuple[dict[str, torch.Tensor], Report]:
+        recipe = self.recipe
+        self._check_together()
+        self._check_unscaled_first()
+        decisions = self._decisions()
+        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.weights}
+        infos = [recipe.plan.tensors[name] for name in recipe.steps]
+        tensors, counts = self.source.read(infos, jobs, self.threads, self.options.progress)
+        check_weights(recipe, counts)
+        verdict = self._verdict(decisions, counts)
+        scales = new_scales(recipe, tensors, verdict)
+        check_layout(recipe, tensors)
+        prepared = prepare_layout(recipe, tensors, scales, self.threads, inplace=True)
+        made = scales | prepared.carry_out(self.threads)
+        report = make_report(recipe, self.options, tensors, counts, verdict, scales, prepared.fidelity)
+        return finished(recipe, tensors, made), report
+
+    def _check_together(self) -> None:
+        torn = self.recipe.torn()
+        if torn:
+            raise CheckpointError(
+                f"{self.recipe.plan.source}: layout and dequantize need a weight and its scale together; load the "
+                f"directory instead of one shard, {listing('pair', torn)} in different shards"
+            )
+
+    def _check_unscaled_first(self) -> None:
+        """Weights without a scale pass if they fit, which only their bytes tell: read them before all the rest."""
+        if self.recipe.what.unscaled != "error":
+            return
+        infos = [self.recipe.plan.tensors[step.name] for step in self.recipe.weights if is_unscaled(step)]
+        seen: list[tuple[str, Counts]] = []
+        self.source.visit(infos, lambda name, piece: seen.append((name, translate(piece, None, HALF))), self.threads)
+        check_weights(self.recipe, add_up([info.name for info in infos], seen))
+
+    def _decisions(self) -> dict[str, Decision]:
+        """For each group that this load touches: is it settled already that its weights are translated?"""
+        plan, here = self.recipe.plan, self.recipe.steps
+        decisions = {step.group: Decision(self.recipe.what.always) for step in here.values() if step.group}
+        for scale, decision in decisions.items():
+            # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
+            apart = [plan.tensors[pair.weight] for pair in plan.by_scale[scale] if pair.weight not in here]
+            if apart and not decision.convert:
+                decision.convert = self.source.find_overflow(apart, self.recipe.table, self.threads)
+        return decisions
+
+    @staticmethod
+    def _job(group: str, action: str, table: Any, decisions: Mapping[str, Decision]) -> WeightJob:
+        if action != "translate":
+            return WeightJob(table)
+        return WeightJob(table, decisions[group] if group else Decision(convert=True))
+
+    def _verdict(self, decisions: Mapping[str, Decision], counts: Mapping[str, Counts]) -> Verdict:
+        groups = frozenset(scale for scale, decision in decisions.items() if decision.convert)
+        overflow = bool(groups) or laid_out_overflow(self.recipe, counts)
+        if overflow and not self.recipe.what.always:
+            keep(_fact(self.checkpoint), True, _FACT_BYTES)
+        elif not overflow and any(step.role == "activation scale" for step in self.recipe.steps.values()):
+            overflow = self._others_overflow()
+        return Verdict(groups, overflow)
+
+    def _others_overflow(self) -> bool:
+        """Does any weight of the checkpoint that is not read here overflow? A fact of the files: found once."""
+        here = self.recipe.steps
+        others = [self.whole.plan.tensors[s.name] for s in self.whole.scaled_weights if s.name not in here]
+        if not others:
+            return False
+
+        def look() -> bool:
+            return bool(self.source.find_overflow(others, self.whole.table, self.threads))
+
+        return cached(_fact(self.checkpoint), look, _FACT_BYTES)
 
 
-def _check_unscaled_first(plan: Plan, names: Collection[str], options: Options) -> None:
-    """Weights without a scale pass if they fit, which only their bytes tell: read them before all the rest."""
-    if options.unscaled != "error":
-        return
-    infos = [plan.tensors[name] for name in plan.unscaled if name in names]
-    seen: list[tuple[str, Counts]] = []
-    visit(infos, lambda name, piece: seen.append((name, translate(piece, None, HALF))), options.thread_count())
-    check_weights(plan, add_up([info.name for info in infos], seen), options)
+_FACT_BYTES = 1 << 10
 
 
-def _others_convert(plan: Plan, names: Collection[str], options: Options) -> bool:
-    """For activation scales of one shard: is any weight of the *checkpoint* rescaled?"""
-    if not any(scale.name in names for scale in plan.activation_scales):
-        return False
-    others: list[TensorInfo] = [plan.tensors[p.weight] for p in plan.pairs if p.weight not in names]
-    return find_overflow(others, options.table)
-
-
-def _load_bin(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
-    # all of them, even for one shard of several: right, but not fast; .bin shards are not made to be read in parts
-    loaded = {name: value for file in checkpoint.files for name, value in load_bin(file).items()}
-    state_dict, report = rescale_planned(loaded, plan, options, inplace=False)
-    if checkpoint.selected != frozenset(checkpoint.files):
-        names = {info.name for info in checkpoint.selected_tensors()}
-        state_dict = {name: value for name, value in state_dict.items() if name in names}
-    return state_dict, report
+def _fact(checkpoint: Checkpoint) -> tuple[object, ...]:
+    return "overflows", checkpoint.fingerprint

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..codes import kernel
 from ..codes.kernel import Counts
-from ..plan.pairs import size
+from ..codes.requantize import Fidelity
+from ..host.units import size
+from ..options import Options
+from ..plan import Recipe, Verdict
 
 
 @dataclass(frozen=True)
@@ -109,3 +114,44 @@ class Report:
         # JSON has no infinity: null is "exact"
         data["requantized"] = {n: v if math.isfinite(v) else None for n, v in self.requantized.items()}
         return {**data, "gb_per_s": self.gb_per_s}
+
+
+def make_report(
+    recipe: Recipe,
+    options: Options,
+    names: Collection[str],
+    counts: Mapping[str, Counts],
+    verdict: Verdict,
+    scales: Collection[str],
+    fidelity: Mapping[str, Fidelity],
+) -> Report:
+    """A report without its seconds.
+
+    Args:
+        recipe, options, verdict: what was done.
+        names: the tensors it was done with.
+        counts: what the FP8 weights among them held.
+        scales: names of the scales that changed.
+        fidelity: what requantizing cost.
+    """
+    steps, headers = recipe.steps, recipe.plan.tensors
+    return Report(
+        source=recipe.plan.source,
+        method=recipe.what.method,
+        tensors=len(names),
+        nbytes=sum(headers[name].nbytes for name in names),
+        weights=[
+            WeightReport(
+                name,
+                headers[name].numel,
+                seen,
+                steps[name].action == "translate" and verdict.applies(steps[name]),
+            )
+            for name, seen in counts.items()
+        ],
+        activation_scales=sum(step.activation is not None and step.name in scales for step in steps.values()),
+        dequantized=[step.name for step in recipe.weights if step.action == "dequantize" and step.name in names],
+        requantized={name: cost.sqnr for name, cost in fidelity.items()},
+        kernel=kernel.active,
+        threads=options.thread_count(),
+    )

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 
-from ..checkpoint.files import open_checkpoint
-from ..codes.formats import E4M3FN, FNUZ, HALF, Table
+from ..checkpoint import open_checkpoint
+from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
 from ..errors import CheckpointError, OptionError
 from ..host.memory import as_bytes
 from ..options import Options
-from ..plan.pairs import Plan, plan_for
-from .rules import check_weights, dequantized
+from ..plan import ALL, Plan, Step, recipe_for
+from .checks import check_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import OptionKeywords
 
 
 class safe_open:
@@ -44,7 +49,7 @@ class safe_open:
         filename: str | os.PathLike[str],
         framework: str = "pt",
         device: str | int | torch.device = "cpu",
-        **options: Any,
+        **options: Unpack[OptionKeywords],
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
@@ -53,12 +58,9 @@ class safe_open:
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
-        self.plan: Plan = plan_for(open_checkpoint(filename))
+        self._recipe = recipe_for(open_checkpoint(filename), self._options)
+        self.plan: Plan = self._recipe.plan
         self._device = device
-        self._weights = self.plan.scale_of
-        self._scales = {pair.scale for pair in self.plan.pairs}
-        self._activations = {a.name: a for a in self.plan.activation_scales}
-        self._unscaled, self._fnuz = set(self.plan.unscaled), set(self.plan.fnuz)
         self._file = safetensors.safe_open(str(filename), framework="pt", device="cpu")
 
     def __enter__(self) -> safe_open:
@@ -101,26 +103,26 @@ class safe_open:
 
     def _ready(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """What a part of the tensor ``name`` becomes; a new tensor where it changes."""
-        where, table, keep = self.plan.where(name), self._options.table, self._options.nan == "keep"
-        activation = self._activations.get(name)
-        if name in self._weights:
-            part = self._translated(name, part, table)
-        elif name in self._fnuz:
-            part = self._translated(name, part, FNUZ)
-        elif name in self._unscaled:
-            check_weights(self.plan, {name: _count(part)}, self._options)
-            part = dequantized(self.plan, {name: part}, self._options).get(name, part)
-        elif name in self._scales or (activation and self._options.activation_scales == "rescale"):
-            if not keep:
+        step = self._recipe.steps[name]
+        if step.role == "weight":
+            part = self._weight(step, part)
+        elif step.role == "scale" or step.action == "scale":
+            where = self.plan.where(name)
+            if self._options.nan == "error":
                 check_scale(part, where)
-            part = rescaled(part, table, where, reciprocal=activation is not None and activation.reciprocal)
+            if step.action == "scale" and ALL.applies(step):
+                part = rescaled(part, self._recipe.table, where, reciprocal=step.reciprocal)
         return part.to(self._device)
 
-    def _translated(self, name: str, part: torch.Tensor, table: Table) -> torch.Tensor:
+    def _weight(self, step: Step, part: torch.Tensor) -> torch.Tensor:
+        assert step.table is not None  # every weight has one
         part = part.contiguous()
-        fresh = torch.empty_like(part, dtype=E4M3FN, device="cpu")
-        check_weights(self.plan, {name: translate(as_bytes(part), as_bytes(fresh), table)}, self._options)
-        return fresh
+        fresh = torch.empty_like(part, dtype=E4M3FN, device="cpu") if step.action == "translate" else None
+        seen: Counts = translate(as_bytes(part), None if fresh is None else as_bytes(fresh), step.table)
+        check_weights(self._recipe, {step.name: seen})
+        if fresh is not None:
+            return fresh
+        return part.to(torch.bfloat16) if step.action == "dequantize" else part
 
 
 class Slice:
@@ -140,7 +142,3 @@ class Slice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         with torch.device("cpu"):  # as in get_tensor
             return self._owner._ready(self._name, self._part[index])
-
-
-def _count(part: torch.Tensor) -> Counts:
-    return translate(as_bytes(part.contiguous()), None, HALF)

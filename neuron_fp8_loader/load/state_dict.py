@@ -1,16 +1,16 @@
-"""A plan turns state dicts in memory into Neuron-ready ones."""
+"""The driver for state dicts in memory: tensors that share memory are changed once and share it afterwards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint.files import describe
-from ..codes.formats import E4M3FN, E4M3FNUZ, FNUZ, HALF, Table
+from ..checkpoint import describe
+from ..codes.formats import E4M3FN, E4M3FNUZ, Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import rescaled
 from ..errors import OptionError, WeightError, listing
@@ -18,30 +18,27 @@ from ..host.memory import allocate, as_bytes, shaped
 from ..host.parallel import pieces, run
 from ..host.sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
 from ..options import Options
-from ..plan.layout import check_layout, plan_layout
-from ..plan.pairs import Plan, make_plan
-from .report import Report
-from .rules import (
-    Tensors,
-    check_weights,
-    count_codes,
-    dequantized,
-    finish_layout,
-    laid_out_overflow,
-    make_report,
-    new_scales,
-)
+from ..plan import Recipe, Verdict, make_plan, make_recipe
+from .checks import Tensors, check_weights, count_codes, laid_out_overflow, new_scales
+from .finish import finished
+from .layout import check_layout, prepare_layout
+from .report import Report, make_report
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import OptionKeywords
 
 
 def rescale_state_dict(
-    state_dict: Mapping[str, torch.Tensor], *, inplace: bool = False, **options: Any
+    state_dict: Mapping[str, torch.Tensor], *, inplace: bool = False, **options: Unpack[OptionKeywords]
 ) -> dict[str, torch.Tensor]:
     """Make a state dict in memory Neuron-ready.
 
     Args:
         state_dict: name -> tensor, with the names of any known convention. Other values pass as they are.
         inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantized or
-            float8_e4m3fnuz weights). Nothing is written before everything has been checked.
+            float8_e4m3fnuz weights). Nothing is written before everything has been checked and all memory is there.
         **options: see ``Options``.
 
     Returns:
@@ -53,47 +50,50 @@ def rescale_state_dict(
     """
     chosen = Options.of(options)
     infos = {name: describe(name, t) for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
-    return rescale_planned(state_dict, make_plan(infos, "state dict"), chosen, inplace=inplace)[0]
+    recipe = make_recipe(make_plan(infos, "state dict"), chosen)
+    return rescale_by(state_dict, recipe, chosen, inplace=inplace)[0]
 
 
-def rescale_planned(
-    state_dict: Mapping[str, Any], plan: Plan, options: Options, *, inplace: bool
+def rescale_by(
+    state_dict: Mapping[str, Any], recipe: Recipe, options: Options, *, inplace: bool
 ) -> tuple[dict[str, Any], Report]:
-    """``rescale_state_dict`` by a plan already made; also gives the report."""
+    """``rescale_state_dict`` by a recipe already made; also gives the report."""
     begin = time.perf_counter()
-    threads, table = options.thread_count(), options.table
+    threads = options.thread_count()
     if inplace and not isinstance(state_dict, MutableMapping):
         raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
-    _check_readable(plan, state_dict)
-    layout = plan_layout(plan, options)
+    _check_readable(recipe, state_dict)
     # what cannot be looked into (sparse, on a device, a subclass) needs no change either: that has been checked
     tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor) and is_plain(t)}
 
-    counts = _count(plan, tensors, table, threads)
-    check_weights(plan, counts, options)
-    convert = _decide(plan, tensors, counts, options) - layout.raw
-    any_converted = bool(convert) or laid_out_overflow(layout, counts, options)
-    scales = new_scales(plan, tensors, {plan.scale_of[w] for w in convert}, any_converted, options)
-    check_layout(layout, plan, tensors)
-    _check_neighbours(plan, tensors, convert, scales, layout.raw)
-    report = make_report(plan, options, tensors, counts, convert, scales)
+    counts = _count(recipe, tensors, threads)
+    check_weights(recipe, counts)
+    verdict = _verdict(recipe, tensors, counts)
+    scales = new_scales(recipe, tensors, verdict)
+    check_layout(recipe, tensors)
+    convert = {s.name for s in recipe.scaled_weights if s.action == "translate" and verdict.applies(s)}
+    raw = {s.name for s in recipe.scaled_weights if s.action != "translate"}
+    _check_neighbours(recipe, tensors, convert, scales, raw)
 
-    replaced = _translated_fnuz(plan, tensors, threads) | dequantized(plan, tensors, options)
-    changed = _change(plan, tensors, convert, scales, table, threads, inplace)
-    result = finish_layout(layout, {**state_dict, **changed, **replaced}, report, inplace=inplace)
+    # nothing of the caller's has been written so far, and all that takes memory comes before what writes
+    prepared = prepare_layout(recipe, tensors, scales, threads, inplace=inplace)
+    others = _from_another_format(recipe, tensors, threads)
+    changed = _change(recipe, tensors, convert, scales, threads, inplace)
+    made = changed | prepared.carry_out(threads) | others
+    report = make_report(recipe, options, tensors, counts, verdict, scales, prepared.fidelity)
+    result = finished(recipe, state_dict, made)
     report.seconds = time.perf_counter() - begin
     if not inplace:
         return result, report
     assert isinstance(state_dict, MutableMapping)  # checked above
     for name in state_dict.keys() - result.keys():
         del state_dict[name]
-    state_dict.update({name: value for name, value in result.items() if value is not state_dict[name]})
+    state_dict.update({name: value for name, value in result.items() if value is not state_dict.get(name)})
     return state_dict, report  # type: ignore[return-value]
 
 
-def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
-    needed = {*(p.weight for p in plan.pairs), *(p.scale for p in plan.pairs), *plan.unscaled, *plan.fnuz}
-    needed |= {a.name for a in plan.activation_scales}
+def _check_readable(recipe: Recipe, state_dict: Mapping[str, Any]) -> None:
+    needed = {step.name for step in recipe.steps.values() if step.role != "other"}
     problems = []
     for name, t in state_dict.items():
         if not isinstance(t, torch.Tensor):
@@ -104,7 +104,7 @@ def _check_readable(plan: Plan, state_dict: Mapping[str, Any]) -> None:
             kind = t.device if t.device.type != "cpu" else f"a {type(t).__name__} of layout {t.layout}"
             problems.append(f"{name}: is on {kind}; rescale it on the CPU, as a dense tensor with its data")
     if problems:
-        raise WeightError(f"{plan.source}: cannot read {listing('tensor', sorted(problems))}")
+        raise WeightError(f"{recipe.plan.source}: cannot read {listing('tensor', sorted(problems))}")
 
 
 def _holds_fp8(tensor: torch.Tensor) -> bool:
@@ -114,43 +114,44 @@ def _holds_fp8(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (E4M3FN, E4M3FNUZ)
 
 
-def _count(plan: Plan, tensors: Tensors, table: Table, threads: int) -> dict[str, Counts]:
+def _count(recipe: Recipe, tensors: Tensors, threads: int) -> dict[str, Counts]:
     """What every FP8 weight holds. Nothing is written, so an in-place rescale can still be refused whole."""
-    tables = {pair.weight: table for pair in plan.pairs}
-    tables |= dict.fromkeys(plan.unscaled, HALF) | dict.fromkeys(plan.fnuz, FNUZ)
+    tables = {step.name: step.table for step in recipe.weights if step.table is not None}
     flat = {name: as_bytes(tensors[name].contiguous()) for name in tables}
     return count_codes(flat, tables, threads)
 
 
-def _decide(plan: Plan, tensors: Tensors, counts: Mapping[str, Counts], options: Options) -> set[str]:
-    """The weights to convert. Weights that share a scale, or memory with one another, are decided together."""
-    names = [pair.weight for pair in plan.pairs]
-    together: list[list[str]] = [[pair.weight for pair in group] for group in plan.groups]
-    together += overlapping({name: tensors[name] for name in names})
-    owners = {group[0].scale: group[0].weight for group in plan.groups}
-    together += [
-        [owners[scale] for scale in group] for group in overlapping({scale: tensors[scale] for scale in owners})
-    ]
-    leader = {name: name for name in names}
+def _verdict(recipe: Recipe, tensors: Tensors, counts: Mapping[str, Counts]) -> Verdict:
+    """Weights that share a scale, or memory with one another, are decided together."""
+    weights = {step.name: step for step in recipe.scaled_weights if step.action == "translate"}
+    together = overlapping({name: tensors[name] for name in weights})
+    groups = [{weights[name].group for name in names} for names in together]
+    groups += [set(names) for names in overlapping({scale: tensors[scale] for scale in {*_groups(recipe)}})]
+    leader = {scale: scale for scale in _groups(recipe)}
 
-    def find(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name] = leader[leader[name]]
-        return name
+    def find(scale: str) -> str:
+        while leader[scale] != scale:
+            scale = leader[scale] = leader[leader[scale]]
+        return scale
 
-    for group in together:
-        for other in group[1:]:
-            leader[find(other)] = find(group[0])
-    yes = {find(name) for name in names if options.always or counts[name].above}
-    return {name for name in names if find(name) in yes}
+    for first, *others in groups:
+        for other in others:
+            leader[find(other)] = find(first)
+    yes = {find(step.group) for name, step in weights.items() if recipe.what.always or counts[name].above}
+    convert = frozenset(scale for scale in leader if find(scale) in yes)
+    return Verdict(convert, bool(convert) or laid_out_overflow(recipe, counts))
+
+
+def _groups(recipe: Recipe) -> list[str]:
+    return list(dict.fromkeys(step.group for step in recipe.scaled_weights if step.group))
 
 
 def _check_neighbours(
-    plan: Plan, tensors: Tensors, convert: Collection[str], scales: Collection[str], raw: Collection[str]
+    recipe: Recipe, tensors: Tensors, convert: Collection[str], scales: Collection[str], raw: Collection[str]
 ) -> None:
     """Refuse to change memory that a tensor of another meaning shows too."""
     problems = []
-    reciprocal = {a.name for a in plan.activation_scales if a.reciprocal}
+    reciprocal = {step.name for step in recipe.steps.values() if step.reciprocal}
     for group in overlapping(tensors):
         if len(group) == 1:
             continue
@@ -165,26 +166,26 @@ def _check_neighbours(
             problems.append(", ".join(group))
     if problems:
         raise WeightError(
-            f"{plan.source}: tensors that share memory with an FP8 weight or its scale and mean something else, "
-            f"{listing('group', problems)}\nClone one of each group first."
+            f"{recipe.plan.source}: tensors that share memory with an FP8 weight or its scale and mean something "
+            f"else, {listing('group', problems)}\nClone one of each group first."
         )
 
 
 def _change(
-    plan: Plan,
+    recipe: Recipe,
     tensors: Tensors,
     convert: Collection[str],
     scales: Tensors,
-    table: Table,
     threads: int,
     inplace: bool,
 ) -> dict[str, torch.Tensor]:
     """Write the new weights and scales, into the tensors themselves or into new ones, which are returned."""
+    table = recipe.table
     by_storage: dict[Span, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
             by_storage.setdefault(storage_id(tensor), []).append(name)
-    reciprocal = {a.name for a in plan.activation_scales if a.reciprocal}
+    reciprocal = {step.name for step in recipe.steps.values() if step.reciprocal}
     out: dict[str, torch.Tensor] = {}
     jobs: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes of weights: from, to
 
@@ -241,10 +242,16 @@ def _translate_all(jobs: Iterable[tuple[torch.Tensor, torch.Tensor]], table: Tab
     run(parts, work, threads)
 
 
-def _translated_fnuz(plan: Plan, tensors: Tensors, threads: int) -> dict[str, torch.Tensor]:
-    def convert(weight: torch.Tensor) -> torch.Tensor:
-        fresh = shaped(allocate(weight.numel()), E4M3FN, tuple(weight.shape))
-        _translate_all([(as_bytes(weight.contiguous()), as_bytes(fresh))], FNUZ, threads)
-        return fresh
+def _from_another_format(recipe: Recipe, tensors: Tensors, threads: int) -> dict[str, torch.Tensor]:
+    """Weights whose codes are of another dtype than they come out in, as new tensors."""
+    out: dict[str, torch.Tensor] = {}
+    tables = {s.table for s in recipe.weights if s.table is not None and s.table.source != E4M3FN}
+    for table in tables:
 
-    return once_each(tensors, plan.fnuz, convert)
+        def convert(weight: torch.Tensor, table: Table = table) -> torch.Tensor:
+            fresh = shaped(allocate(weight.numel()), E4M3FN, tuple(weight.shape))
+            _translate_all([(as_bytes(weight.contiguous()), as_bytes(fresh))], table, threads)
+            return fresh
+
+        out |= once_each(tensors, [s.name for s in recipe.weights if s.table == table], convert)
+    return out

@@ -41,6 +41,33 @@ HALF_STEP: Floats = _half_steps()
 """float64 [256]: half the distance from each value to the next larger one, the most that rounding to it can cost."""
 
 
+def _half_steps_down() -> Floats:
+    first = ((_ALL & 0x07) == 0) & ((_ALL & 0x7F) > 0x08)  # of an exponent: the next smaller value is half as far
+    steps: Floats = np.where(first, HALF_STEP / 2, HALF_STEP)
+    return steps
+
+
+HALF_STEP_DOWN: Floats = _half_steps_down()
+"""float64 [256]: half the distance from each value to the next smaller one in magnitude."""
+
+
+def expected_for(factor: float | None) -> tuple[Bytes, ...] | None:
+    """The tables of what codes may become where scales grew by ``factor``, each uint8 [256]; None: any may be right.
+
+    For 448/240 there are two: with the bfloat16 division of Neuron's recipe, and rounded once, as others do it.
+    """
+    if factor is None:
+        return None
+    if abs(factor - 1) <= 2.0**-8:
+        return (_ALL.copy(),)
+    if abs(factor - 2) <= 2.0**-7:
+        return (expected("half"),)
+    if abs(factor / (448 / 240) - 1) <= 2.0**-8:
+        once = (GPU / (448 / 240)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        return (expected("ratio"), once)
+    return None
+
+
 def expected(method: str) -> Bytes:
     """uint8 [256]: what the bytes of a rescaled weight should be, rounded to nearest even by ml_dtypes.
 

@@ -11,13 +11,28 @@ import numpy as np
 import torch
 
 from ..codes.formats import LARGEST_FIT
-from ..codes.granularity import Granularity, granularity
+from ..codes.granularity import TENSOR, Granularity
 from ..errors import WeightError
 from ..host.parallel import run
-from .arithmetic import GPU, GPU_FNUZ, HALF_STEP, NEURON, Bytes, Floats, Tile, as_bytes, scale_values, tiles
+from .arithmetic import (
+    GPU,
+    GPU_FNUZ,
+    HALF_STEP,
+    HALF_STEP_DOWN,
+    NEURON,
+    Bytes,
+    Floats,
+    Tile,
+    as_bytes,
+    expected_for,
+    scale_values,
+    tiles,
+)
 
 _SCALE_SLACK = 2.0**-8
-"""A bfloat16 scale times a factor that is no power of two is off by up to this share."""
+"""A bfloat16 scale times a factor that is no power of two is off by up to this share; and so is a bfloat16 weight."""
+_FLOAT32_SLACK = 2.0**-20
+"""What a few roundings of float32 arithmetic may add, as a share."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +42,12 @@ class Side:
     Attributes:
         weight: float8_e4m3fn or float8_e4m3fnuz, or a plain float dtype.
         scale: any scale dtype; None: the weight is the value.
-        block: the checkpoint's own word on block size.
+        granularity: which part of the weight each scale value covers, as the plan or the recipe says.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
-    block: tuple[int, int] | None = None
-
-    @property
-    def granularity(self) -> Granularity:
-        if self.scale is None:
-            return Granularity("tensor")
-        return granularity(tuple(self.weight.shape), tuple(self.scale.shape), self.block)
+    granularity: Granularity = TENSOR
 
     @property
     def is_fp8(self) -> bool:
@@ -58,7 +67,8 @@ class WeightCheck:
         above: codes above 0x77 after that were no NaN before: inf or nan to the device.
         nan: codes that were NaN before.
         changed: values that differ, however little.
-        off: values further from the original than one rounding to the nearest code.
+        off: codes that are not those which rounding to nearest gives, where the factor is known; else values further
+            from the original than half the distance to the next code.
         factor: new scale / old scale, where one number says it; None where the scales' layout changed.
         signal, noise: sums of squares of the original values and of the differences.
         problem: what is wrong, "" if nothing is.
@@ -80,7 +90,7 @@ class WeightCheck:
         if self.above:
             self.problem = f"{self.above} codes above 240: inf or nan on Neuron"
         elif self.off:
-            self.problem = f"{self.off} of {self.numel} values are off by more than one rounding"
+            self.problem = f"{self.off} of {self.numel} values are off by more than rounding to the nearest code"
         elif self.nan and not nan_is_fine:
             self.problem = f"{self.nan} NaN codes, in the original too"
         return self
@@ -113,6 +123,8 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
     before = GPU_FNUZ if old.weight.dtype == torch.float8_e4m3fnuz else GPU
     old_codes, jobs = as_bytes(old.weight), _jobs(name, old, new, check.factor)
     new_codes = as_bytes(new.weight) if new.is_fp8 else None
+    allowed = expected_for(check.factor) if old.is_fp8 and new.is_fp8 and new.scale is not None else None
+    slack = _SCALE_SLACK if new.scale is not None and new.scale.element_size() < 4 else _FLOAT32_SLACK
     plain = None if new.is_fp8 else new.weight.detach().reshape(-1)
     lock, own = threading.Lock(), threading.local()
 
@@ -123,11 +135,14 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
         values = own.scratch.values(0, before, old_codes[was.start : was.end], was)
         if new_codes is not None:
             codes = new_codes[now.start : now.end]
-            seen = _differences(values, own.scratch.values(1, NEURON, codes, now), own.scratch.rest, codes, now)
+            read = own.scratch.values(1, NEURON, codes, now)
+            seen = _differences(values, read, own.scratch.rest, codes, now, slack)
+            if allowed is not None:
+                seen = seen._replace(off=_unexpected(old_codes[was.start : was.end], codes, allowed))
         else:
             assert plain is not None
             read = plain[now.start : now.end].to(torch.float64).numpy()
-            seen = _differences(values, read, own.scratch.rest, None, now)
+            seen = _differences(values, read, own.scratch.rest, None, now, _SCALE_SLACK)
         with lock:
             check.nan += seen.nan
             check.changed += seen.changed
@@ -167,7 +182,15 @@ class _Seen(NamedTuple):
     noise: float = 0.0
 
 
-def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, tile: Tile) -> _Seen:
+def _unexpected(old: Bytes, new: Bytes, allowed: tuple[Bytes, ...]) -> int:
+    """How many of the new codes are in none of the tables of what the old ones may become; NaN codes do not count."""
+    wrong = (new & 0x7F) != 0x7F
+    for table in allowed:
+        wrong &= np.take(table, old) != new
+    return int(np.count_nonzero(wrong))
+
+
+def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, tile: Tile, slack: float) -> _Seen:
     """Compare the values of one tile. ``codes``: the new ones; None where the new weight is a plain float dtype."""
     difference = np.subtract(now, was, out=rest[: was.size])
     signal, noise = _square_sum(was), _square_sum(difference)
@@ -181,11 +204,12 @@ def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, ti
         return _Seen(nan, lost, lost, signal)
     at = np.flatnonzero(difference != 0)
     error, value = np.abs(difference[at]), np.abs(was[at])
-    allowed = value * _SCALE_SLACK
+    allowed = value * slack
     if codes is not None:
         rows, columns = -(-was.size // tile.columns), tile.columns
         scale = np.broadcast_to(tile.scale, (rows, columns))[at // columns, at % columns]
-        allowed += np.take(HALF_STEP, codes[at]) * np.abs(scale) * 1.01
+        down = np.abs(now[at]) > value  # the value lies between the code and the next smaller one
+        allowed += np.where(down, HALF_STEP_DOWN[codes[at]], HALF_STEP[codes[at]]) * np.abs(scale)
     off = int(np.count_nonzero(error > allowed))
     return _Seen(nan, at.size + lost, off + lost, signal, noise)
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import Checkpoint, TensorInfo, open_checkpoint
+from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..errors import Fp8LoaderError, WeightError
 from ..host.parallel import progress
+from ..host.units import size
 from ..load.parts import Parts
 from ..options import Options
-from ..plan.pairs import Plan, plan_for, size
+from ..plan import Recipe, Verdict, converted, recipe_for
 from .scan import scan
 from .shards import beside, nbytes_after, write_bin, write_safetensors
 
@@ -41,7 +42,7 @@ class Export:
     """One export, prepared: nothing is written before ``run``.
 
     Attributes:
-        checkpoint, plan, options: what is exported, and how.
+        checkpoint, recipe, options: what is exported, and how.
         out: the directory that it goes to.
         base: the directory that it comes from.
         others: files carried over as they are, relative to ``base``.
@@ -52,7 +53,7 @@ class Export:
     """
 
     checkpoint: Checkpoint
-    plan: Plan
+    recipe: Recipe
     options: Options
     out: Path
     base: Path
@@ -70,8 +71,12 @@ class Export:
     @property
     def rescaled(self) -> int:
         """How many weights are rescaled; known once ``run`` has looked at their codes."""
-        convert = set(self.state.get("convert", ()))
-        return sum(pair.scale in convert for pair in self.plan.pairs)
+        return len(converted(self.recipe, self.verdict)) if self.state else 0
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which weights are rescaled, as the hidden file says."""
+        return Verdict(frozenset(self.state["convert"]), bool(self.state["overflow"]))
 
     def run(self) -> None:
         """Write what is missing.
@@ -95,13 +100,15 @@ class Export:
             self._save_state()
 
     def _decided(self) -> dict[str, Any]:
-        found = scan(self.checkpoint, self.plan, self.options)
+        found = scan(self.checkpoint, self.recipe, self.options)
         if found.refusals:
             raise WeightError("\n".join(found.refusals))
-        return {**_identity(self.checkpoint, self.options), "convert": sorted(found.convert), "finished": False}
+        groups = sorted({self.recipe.steps[name].group for name in found.rescaled})
+        decided = {"convert": groups, "overflow": found.verdict.any, "finished": False}
+        return {**_identity(self.checkpoint, self.options), **decided}
 
     def _write(self) -> None:
-        parts = Parts(self.checkpoint, self.plan, self.state["convert"], self.options)
+        parts = Parts(self.checkpoint, self.recipe, self.verdict, self.options)
         for other in self.others:
             with beside(self.out / other) as temporary:
                 shutil.copyfile(self.base / other, temporary)
@@ -122,7 +129,7 @@ class Export:
                 if self.checkpoint.is_bin:
                     write_bin(target, infos, parts, advance)
                 elif infos:
-                    write_safetensors(target, infos, parts, self.plan, self.options, note, advance)
+                    write_safetensors(target, infos, parts, self.recipe, note, advance)
                 else:
                     with beside(target) as temporary:
                         shutil.copyfile(file, temporary)
@@ -133,11 +140,13 @@ class Export:
     def _write_index(self, index: Path) -> None:
         content = json.loads(index.read_text(encoding="utf-8"))
         infos = self.checkpoint.tensors.values()
-        total = nbytes_after(infos, self.plan, self.options)
+        total = nbytes_after(infos, self.recipe)
         with beside(self.out / index.relative_to(self.base)) as temporary:
             if total == sum(info.nbytes for info in infos):
                 shutil.copyfile(index, temporary)
             else:
+                dropped = {step.name for step in self.recipe.doing("drop")}
+                content["weight_map"] = {n: file for n, file in content["weight_map"].items() if n not in dropped}
                 content["metadata"] = {**content.get("metadata", {}), "total_size": total}
                 temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -165,12 +174,12 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
     out = Path(out)
     _check_place(Path(path), base, out)
-    export = Export(checkpoint, plan_for(checkpoint), chosen, out, base, _others(checkpoint, Path(path), base))
-    Parts(checkpoint, export.plan, (), chosen)  # refuses options that do not go with an export, before it begins
+    recipe = recipe_for(checkpoint, chosen)
+    export = Export(checkpoint, recipe, chosen, out, base, _others(checkpoint, Path(path), base))
     export.state = _resumable(out, checkpoint, chosen)
     by_file = _by_file(checkpoint)
     for file in checkpoint.files:
-        grown = nbytes_after(by_file[file], export.plan, chosen) - sum(info.nbytes for info in by_file[file])
+        grown = nbytes_after(by_file[file], recipe) - sum(info.nbytes for info in by_file[file])
         if export.state and (out / file.relative_to(base)).is_file():
             export.done.append(file.relative_to(base))
         else:
@@ -195,7 +204,8 @@ def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str,
         return {}
     try:
         state = json.loads((out / STATE).read_text(encoding="utf-8"))
-        ours = isinstance(state["convert"], list) and isinstance(state["files"], dict)
+        ours = isinstance(state["convert"], list) and isinstance(state["overflow"], bool)
+        ours = ours and isinstance(state["files"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

@@ -141,7 +141,7 @@ def _layers(alt: Any, scan: Scan, width: int) -> Any:
 def _codes(alt: Any, scan: Scan, width: int) -> Any:
     before, after = scan.histograms()
     total = max(1, sum(before))
-    stages = (("on disk", before), (f"after the loader ({scan.options.method})", after))
+    stages = (("on disk", before), (f"after the loader ({scan.recipe.what.method})", after))
     rows = [
         {
             "stage": stage,

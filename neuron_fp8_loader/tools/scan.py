@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
-from ..checkpoint.reader import read, visit
-from ..codes.formats import LARGEST_FIT, NAN_CODE, Table
-from ..codes.kernel import Counts, histogram
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..codes.formats import E4M3FN, LARGEST_FIT, Table
+from ..codes.kernel import Counts, histogram, summarize
 from ..errors import ScaleError, WeightError
-from ..host.memory import as_bytes
-from ..host.parallel import pieces, run
-from ..load.rules import check_weights, new_scales
+from ..load.checks import check_weights, laid_out_overflow, new_scales
+from ..load.layout import check_layout
 from ..options import Options
-from ..plan.pairs import Plan, plan_for
+from ..plan import Plan, Recipe, Verdict, converted, recipe_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import OptionKeywords
 
 _INF_CODE = LARGEST_FIT + 1  # 256 to a GPU
 
@@ -32,12 +36,17 @@ class WeightCodes:
     Attributes:
         name: the tensor's.
         histogram: int64 [256], on the CPU.
-        fnuz: is it a float8_e4m3fnuz weight? All of its values have a code in Neuron's format.
+        table: how a load translates it, which says what its codes mean.
     """
 
     name: str
     histogram: torch.Tensor
-    fnuz: bool = False
+    table: Table
+
+    @property
+    def is_e4m3fn(self) -> bool:
+        """Are its codes those of e4m3fn? In other FP8 formats they end at 240 as they do on Neuron."""
+        return self.table.source == E4M3FN
 
     @cached_property
     def magnitudes(self) -> list[int]:
@@ -48,68 +57,76 @@ class WeightCodes:
     def numel(self) -> int:
         return int(self.histogram.sum())
 
-    @property
-    def as_inf(self) -> int:
-        """Codes that Neuron reads as inf (256 to a GPU)."""
-        return 0 if self.fnuz else self.magnitudes[_INF_CODE]
-
-    @property
-    def as_nan(self) -> int:
-        """Codes that Neuron reads as nan and a GPU as 288..448."""
-        return 0 if self.fnuz else sum(self.magnitudes[_INF_CODE + 1 : NAN_CODE])
+    @cached_property
+    def counts(self) -> Counts:
+        """The same as a load counts it."""
+        return summarize(self.histogram, self.table)
 
     @property
     def above(self) -> int:
         """Codes above 240: ``as_inf`` and ``as_nan``."""
-        return self.as_inf + self.as_nan
+        return self.counts.above
+
+    @property
+    def as_inf(self) -> int:
+        """Codes that Neuron reads as inf (256 to a GPU)."""
+        return self.magnitudes[_INF_CODE] if self.is_e4m3fn else 0
+
+    @property
+    def as_nan(self) -> int:
+        """Codes that Neuron reads as nan and a GPU as 288..448."""
+        return self.above - self.as_inf
 
     @property
     def nan(self) -> int:
         """Codes that are NaN to a GPU too."""
-        return int(self.histogram[0x80]) if self.fnuz else self.magnitudes[NAN_CODE]
+        return self.counts.nan
 
     @property
     def share_above(self) -> float:
         """``above`` as a share of all its codes, 0..1."""
         return self.above / self.numel if self.numel else 0.0
 
-    @property
-    def counts(self) -> Counts:
-        """The same as a load counts it."""
-        largest = max((code for code, n in enumerate(self.magnitudes) if n), default=0)
-        return Counts(largest, self.above, 0, self.nan)
-
-    def rounded_by(self, table: Table) -> int:
-        """Codes to which ``table`` gives another value."""
-        return sum(n for n, lossy in zip(self.histogram.tolist(), table.lossy, strict=True) if lossy)
-
 
 @dataclass(frozen=True)
 class Scan:
-    """The codes of all FP8 weights of a checkpoint, and what follows for loading it.
+    """The codes of the FP8 weights of a checkpoint, or of one shard, and what follows for loading it.
 
     Attributes:
-        plan: which weight goes with which scale.
+        recipe: what a load would do with each tensor looked at.
         weights: by name, in the checkpoint's order.
-        options: the options that ``convert`` and ``refusals`` are about.
-        convert: names of the scales whose weights a load would rescale.
+        verdict: which weights a load would rescale.
         refusals: why a load would stop, one text a reason; empty if it would not.
         nbytes: how much was read.
         seconds: how long that took.
     """
 
-    plan: Plan
+    recipe: Recipe
     weights: Mapping[str, WeightCodes]
-    options: Options
-    convert: frozenset[str]
+    verdict: Verdict
     refusals: tuple[str, ...] = ()
     nbytes: int = 0
     seconds: float = 0.0
 
+    @property
+    def plan(self) -> Plan:
+        """Which weight goes with which scale."""
+        return self.recipe.plan
+
     @cached_property
     def rescaled(self) -> list[str]:
         """The weights that a load would rescale."""
-        return [pair.weight for pair in self.plan.pairs if pair.scale in self.convert]
+        return converted(self.recipe, self.verdict)
+
+    @cached_property
+    def requantized(self) -> list[str]:
+        """The weights that a load would move from block scales to row scales."""
+        return [step.name for step in self.recipe.doing("requantize", role="weight")]
+
+    @cached_property
+    def dequantized(self) -> list[str]:
+        """The weights that a load would return as bfloat16."""
+        return [step.name for step in self.recipe.doing("dequantize", role="weight")]
 
     @property
     def numel(self) -> int:
@@ -129,8 +146,8 @@ class Scan:
 
     @property
     def rounded(self) -> int:
-        """Codes of the rescaled weights to which the method gives another value."""
-        return sum(self.weights[name].rounded_by(self.options.table) for name in self.rescaled)
+        """Codes of the rescaled weights to which the method gives another value. Requantizing is not in it."""
+        return sum(self.weights[name].counts.lossy for name in self.rescaled)
 
     def worst(self, count: int | None = None) -> list[WeightCodes]:
         """Weights with codes above 240, the largest share first."""
@@ -138,60 +155,53 @@ class Scan:
         return sorted(found, key=lambda w: (-w.share_above, w.name))[:count]
 
     def histograms(self) -> tuple[list[int], list[int]]:
-        """How often each magnitude code occurs over all e4m3fn weights: on disk, and after a load (128 each)."""
+        """How often each magnitude code occurs over all e4m3fn weights: on disk, and after a rescale (128 each)."""
         before, after = [0] * 128, [0] * 128
-        table, converted = self.options.table, set(self.rescaled)
+        rescaled = set(self.rescaled)
         for weight in self.weights.values():
-            if weight.fnuz:
+            if not weight.is_e4m3fn:
                 continue
             for code, n in enumerate(weight.magnitudes):
                 before[code] += n
-                after[table.out[code] if weight.name in converted else code] += n
+                after[weight.table.out[code] if weight.name in rescaled else code] += n
         return before, after
 
 
-def scan_checkpoint(path: str | os.PathLike[str], **options: object) -> Scan:
+def scan_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> Scan:
     """Count the codes of every FP8 weight, in bounded memory.
 
     Args:
-        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file. Of one shard of several only the
+            weights in it are looked at, as far as they alone decide what becomes of them.
         **options: see ``Options``; they decide what a load would convert and refuse.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``, or a file cannot be read.
+        CheckpointError, PlanError: as ``plan_checkpoint``, or a file cannot be read; PlanError also where the options
+            ask for what cannot be done.
         What a load would refuse for its values is in ``Scan.refusals``, not raised.
     """
-    checkpoint = open_checkpoint(path)
-    return scan(checkpoint, plan_for(checkpoint), Options.of(options))
+    checkpoint, chosen = open_checkpoint(path), Options.of(options)
+    return scan(checkpoint, recipe_for(checkpoint, chosen), chosen)
 
 
-def scan(checkpoint: Checkpoint, plan: Plan, options: Options) -> Scan:
-    """``scan_checkpoint`` for a checkpoint already opened and planned."""
+def scan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Scan:
+    """``scan_checkpoint`` for a checkpoint already opened, and the recipe for the whole of it."""
     begin = time.perf_counter()
-    fnuz = set(plan.fnuz)
-    names = {pair.weight for pair in plan.pairs} | set(plan.unscaled) | fnuz
-    infos = [info for info in checkpoint.tensors.values() if info.name in names]
-    weights = {
-        name: WeightCodes(name, histogram, name in fnuz)
-        for name, histogram in _histograms(checkpoint, infos, options).items()
-    }
-    convert = {
-        group[0].scale for group in plan.groups if options.always or any(weights[pair.weight].above for pair in group)
-    }
-    result = Scan(
-        plan=plan,
+    recipe = recipe.within(info.name for info in checkpoint.selected_tensors())
+    weights = _weights(checkpoint, recipe, options)
+    verdict = _verdict(checkpoint, recipe, weights, options)
+    return Scan(
+        recipe=recipe,
         weights=weights,
-        options=options,
-        convert=frozenset(convert),
-        refusals=tuple(_refusals(checkpoint, plan, weights, convert, options)),
-        nbytes=sum(info.nbytes for info in infos),
+        verdict=verdict,
+        refusals=tuple(_refusals(checkpoint, recipe, weights, verdict, options)),
+        nbytes=sum(recipe.plan.tensors[name].nbytes for name in weights),
         seconds=time.perf_counter() - begin,
     )
-    return result
 
 
-def _histograms(checkpoint: Checkpoint, infos: Sequence[TensorInfo], options: Options) -> dict[str, torch.Tensor]:
-    counts = {info.name: torch.zeros(256, dtype=torch.int64, device="cpu") for info in infos}
+def _weights(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> dict[str, WeightCodes]:
+    counts = {step.name: torch.zeros(256, dtype=torch.int64, device="cpu") for step in recipe.weights}
     lock = threading.Lock()
 
     def see(name: str, piece: torch.Tensor) -> None:
@@ -199,44 +209,47 @@ def _histograms(checkpoint: Checkpoint, infos: Sequence[TensorInfo], options: Op
         with lock:
             counts[name] += seen
 
-    threads = options.thread_count()
-    if not checkpoint.is_bin:
-        visit(infos, see, threads, options.progress)
-        return counts
-    tensors = _bin_tensors(checkpoint, counts)
-    jobs = [(name, part) for name, flat in tensors.items() for part in pieces(flat.numel())]
-    run(jobs, lambda job: see(job[0], tensors[job[0]][job[1][0] : job[1][1]]), threads)
-    return counts
+    infos = [recipe.plan.tensors[name] for name in counts]
+    checkpoint.source.visit(infos, see, options.thread_count(), options.progress)
+    tables = {step.name: step.table for step in recipe.weights if step.table is not None}
+    return {name: WeightCodes(name, seen, tables[name]) for name, seen in counts.items()}
 
 
-def _bin_tensors(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, torch.Tensor]:
-    loaded = {name: value for file in checkpoint.files for name, value in load_bin(file).items() if name in names}
-    return {name: as_bytes(value.contiguous()) for name, value in loaded.items()}
+def _verdict(checkpoint: Checkpoint, recipe: Recipe, weights: Mapping[str, WeightCodes], options: Options) -> Verdict:
+    plan, table, always = recipe.plan, recipe.table, recipe.what.always
+    touched = dict.fromkeys(step.group for step in recipe.steps.values() if step.group)
+    groups = set()
+    for scale in touched:
+        names = [pair.weight for pair in plan.by_scale[scale]]
+        apart = [plan.tensors[name] for name in names if name not in weights]
+        here = always or any(weights[name].above for name in names if name in weights)
+        if here or (apart and checkpoint.source.find_overflow(apart, table, options.thread_count())):
+            groups.add(scale)
+    overflow = bool(groups) or laid_out_overflow(recipe, {name: codes.counts for name, codes in weights.items()})
+    return Verdict(frozenset(groups), overflow)
 
 
 def _refusals(
     checkpoint: Checkpoint,
-    plan: Plan,
+    recipe: Recipe,
     weights: Mapping[str, WeightCodes],
-    convert: Collection[str],
+    verdict: Verdict,
     options: Options,
 ) -> list[str]:
     """Run the checks of a load on what was counted, each by itself so that none hides another."""
     found = []
-    counts = {name: weight.counts for name, weight in weights.items()}
-    for only in ({"unscaled": "keep"}, {"nan": "keep"}):
+    counts = {name: codes.counts for name, codes in weights.items()}
+    for what in (replace(recipe.what, unscaled="keep"), replace(recipe.what, nan="keep")):
         try:
-            check_weights(plan, counts, Options.of({"nan": options.nan, "unscaled": options.unscaled, **only}))
+            check_weights(replace(recipe, what=what), counts)
         except WeightError as error:
             found.append(str(error))
-    names = {pair.scale for pair in plan.pairs} | {a.name for a in plan.activation_scales}
-    infos = [info for info in checkpoint.tensors.values() if info.name in names]
-    if checkpoint.is_bin:
-        scales = {n: v for file in checkpoint.files for n, v in load_bin(file).items() if n in names}
-    else:
-        scales, _ = read(infos, {}, options.thread_count())
+    infos = [recipe.plan.tensors[s.name] for s in recipe.steps.values() if s.role in ("scale", "activation scale")]
+    scales, _ = checkpoint.source.read(infos, {}, options.thread_count())
     try:
-        new_scales(plan, scales, convert, bool(convert), options)
+        new_scales(recipe, scales, verdict)
+        if not recipe.torn():
+            check_layout(recipe, scales)
     except ScaleError as error:
         found.append(str(error))
     return found

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import open_checkpoint
+from ..checkpoint import open_checkpoint
 from ..codes.formats import METHODS
 from ..errors import OptionError
 from ..integrations.names import modules_to_not_convert
-from ..plan.pairs import Plan, plan_for
+from ..plan import Plan, plan_for
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,28 +12,31 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import TensorInfo, load_bin
+from ..checkpoint import TensorInfo, load_bin
 from ..host.memory import as_bytes, buffer
 from ..load.parts import Parts, batches
-from ..options import Options
-from ..plan.pairs import Plan
+from ..plan import Recipe, Step
 
 NOTE = "neuron_fp8_loader"
 """The metadata key that tells of the conversion."""
 
 
-def dtype_after(info: TensorInfo, plan: Plan, options: Options) -> str | None:
-    """safetensors' name of the dtype that a tensor is converted to, None where it keeps its own."""
-    if info.name in plan.fnuz:
-        return "F8_E4M3"
-    if options.unscaled == "dequantize" and info.name in plan.unscaled:
-        return "BF16"
-    return None
+_BITS = {"float32": 32, "bfloat16": 16, "float8_e4m3fn": 8}  # of the dtypes that tensors are converted to
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
 
-def nbytes_after(infos: Iterable[TensorInfo], plan: Plan, options: Options) -> int:
+def nbytes_after(infos: Iterable[TensorInfo], recipe: Recipe) -> int:
     """How long the data of these tensors is once converted."""
-    return sum(info.nbytes * (2 if dtype_after(info, plan, options) == "BF16" else 1) for info in infos)
+    return sum(_nbytes(info, recipe.steps[info.name]) for info in infos)
+
+
+def _nbytes(info: TensorInfo, step: Step) -> int:
+    if step.action == "drop":
+        return 0
+    if (step.dtype, step.shape) == (info.dtype, info.shape):
+        return info.nbytes
+    bits = _BITS[step.dtype] if step.dtype != info.dtype else 8 * info.nbytes // info.numel
+    return math.prod(step.shape) * bits // 8
 
 
 @contextmanager
@@ -53,8 +57,7 @@ def write_safetensors(
     target: Path,
     infos: Sequence[TensorInfo],
     parts: Parts,
-    plan: Plan,
-    options: Options,
+    recipe: Recipe,
     note: str,
     advance: Callable[[int], None],
 ) -> None:
@@ -64,7 +67,7 @@ def write_safetensors(
         target: its new name.
         infos: its tensors, in the order of their data.
         parts: loads them.
-        plan, options: as the rest of the export.
+        recipe: what becomes of them.
         note: goes into the metadata under ``NOTE``.
         advance: called with the bytes read so far since the last call.
 
@@ -75,17 +78,18 @@ def write_safetensors(
     assert source is not None
     header = _header(source)
     metadata = {**header.pop("__metadata__", {}), NOTE: note}
-    longer = {info.name for info in infos if dtype_after(info, plan, options) == "BF16"}
-    if longer:  # keep every tensor aligned to its element size
-        infos = sorted(infos, key=lambda info: -_element_size(info, longer))
+    infos = [info for info in infos if recipe.steps[info.name].action != "drop"]
+    sizes = {info.name: _nbytes(info, recipe.steps[info.name]) for info in infos}
+    if any(sizes[info.name] != info.nbytes for info in infos):  # keep every tensor aligned to its element size
+        infos = sorted(infos, key=lambda info: -(sizes[info.name] // max(1, math.prod(recipe.steps[info.name].shape))))
     entries: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for info in infos:
-        dtype = dtype_after(info, plan, options)
-        end = position + nbytes_after([info], plan, options)
+        step, own = recipe.steps[info.name], header[info.name]
+        end = position + sizes[info.name]
         entries[info.name] = {
-            "dtype": dtype or header[info.name]["dtype"],
-            "shape": header[info.name]["shape"],
+            "dtype": own["dtype"] if step.dtype == info.dtype else _NAMES[step.dtype],
+            "shape": own["shape"] if step.shape == info.shape else list(step.shape),
             "data_offsets": [position, end],
         }
         position = end
@@ -94,8 +98,9 @@ def write_safetensors(
     with beside(target) as temporary, open(temporary, "wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for batch in batches(infos):
-            for info, tensor in zip(batch, parts.load(batch).values(), strict=True):
-                flat = as_bytes(tensor.contiguous())
+            loaded = parts.load(batch)
+            for info in batch:
+                flat = as_bytes(loaded.pop(info.name).contiguous())
                 handle.write(buffer(flat))
                 advance(info.nbytes)
 
@@ -106,7 +111,11 @@ def write_bin(target: Path, infos: Sequence[TensorInfo], parts: Parts, advance: 
     assert source is not None
     state: dict[str, Any] = load_bin(source)
     for batch in batches(infos):
-        state |= parts.load(batch)
+        loaded = parts.load(batch)
+        state |= loaded
+        for info in batch:
+            if info.name not in loaded:  # the scale of a dequantized weight
+                del state[info.name]
         advance(sum(info.nbytes for info in batch))
     with beside(target) as temporary:
         torch.save(state, temporary)
@@ -117,7 +126,3 @@ def _header(file: Path) -> dict[str, Any]:
     with open(file, "rb") as handle:
         content: dict[str, Any] = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
     return content
-
-
-def _element_size(info: TensorInfo, longer: set[str]) -> int:
-    return 2 if info.name in longer else max(1, info.nbytes // max(1, info.numel))

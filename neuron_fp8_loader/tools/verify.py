@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +13,16 @@ import numpy as np
 import safetensors
 import torch
 
-from ..checkpoint.files import Checkpoint, TensorInfo, load_bin, open_checkpoint
+from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..codes.granularity import TENSOR, Granularity, granularity
 from ..errors import Fp8LoaderError, ScaleError, WeightError
 from ..host.parallel import progress
 from ..load.parts import Parts, batches
 from ..options import Options
-from ..plan.pairs import Pair, Plan, plan_for
+from ..plan import Pair, Plan, Step, plan_for, recipe_for
 from .arithmetic import Bytes, as_bytes, expected, scale_values
 from .compare import Side, WeightCheck, compare, sqnr_db
-from .scan import scan
+from .scan import Scan, scan
 
 _CHUNK = 1 << 20
 
@@ -99,13 +100,13 @@ def verify_checkpoint(path: str | os.PathLike[str], **options: Any) -> Verificat
     begin = time.perf_counter()
     chosen = Options.of(options)
     checkpoint = open_checkpoint(path)
-    plan = plan_for(checkpoint)
     result = Verification(str(path))
-    found = scan(checkpoint, plan, chosen)
+    found = scan(checkpoint, recipe_for(checkpoint, chosen), chosen)
     result.problems += found.refusals
     if not found.refusals:
-        with _Original(checkpoint) as original:
-            _check_all(result, checkpoint, original, Parts(checkpoint, plan, found.convert, chosen), plan, chosen)
+        with _Original(checkpoint) as original, _progress(checkpoint, chosen) as advance:
+            parts = Parts(checkpoint, recipe_for(checkpoint, chosen), found.verdict, chosen)
+            _Check(result, found, original, parts, chosen, advance).run()
     result.seconds = time.perf_counter() - begin
     return result
 
@@ -141,6 +142,7 @@ class _Original:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._stack = checkpoint, ExitStack()
+        self._mapped = checkpoint.source.mapped()
         self._open: dict[Any, Any] = {}
 
     def __enter__(self) -> _Original:
@@ -150,13 +152,11 @@ class _Original:
         self._stack.close()
 
     def get(self, name: str) -> torch.Tensor:
+        mapped = self._mapped
+        if mapped is not None:
+            found: torch.Tensor = mapped[name].detach()
+            return found
         file = self._checkpoint.tensors[name].file
-        if self._checkpoint.is_bin:
-            if file not in self._open:
-                assert file is not None
-                self._open[file] = load_bin(file)
-            found: torch.Tensor = self._open[file][name]
-            return found.detach()
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safetensors.safe_open(str(file), "pt", "cpu"))
         found = self._open[file].get_tensor(name)
@@ -170,64 +170,88 @@ def _progress(checkpoint: Checkpoint, options: Options) -> Any:
 # -- rescaled in memory ------------------------------------------------------------------------------------------
 
 
-def _check_all(
-    result: Verification, checkpoint: Checkpoint, original: _Original, parts: Parts, plan: Plan, options: Options
-) -> None:
-    infos, threads = checkpoint.tensors, options.thread_count()
-    left = dict.fromkeys(infos)
-    any_converted = False
-    with _progress(checkpoint, options) as advance:
+class _Check:
+    """Goes by the recipe for what a tensor is and which scale is whose; the arithmetic is its own."""
 
-        def load(names: Iterable[str]) -> dict[str, torch.Tensor]:
-            chosen = [infos[name] for name in names]
-            for info in chosen:
-                left.pop(info.name, None)
-            advance(sum(info.nbytes for info in chosen))
-            return parts.load(chosen)
+    def __init__(
+        self,
+        result: Verification,
+        found: Scan,
+        original: _Original,
+        parts: Parts,
+        options: Options,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.result, self.recipe, self.plan = result, found.recipe, found.plan
+        self.original, self.parts, self.advance = original, parts, advance
+        self.always, self.method, self.threads = options.always, options.method, options.thread_count()
+        self.nan_is_fine, self.factor = options.nan == "keep", options.table.scale_factor
+        self.rescale_activations = options.activation_scales == "rescale"
+        self.verdict_any = found.verdict.any
 
-        for group in plan.groups:
-            converted = _check_group(result, group, plan, original, load([p.weight for p in group]), parts, options)
-            any_converted |= converted
-            left.pop(group[0].scale, None)
-        for name in (*plan.fnuz, *plan.unscaled):
-            old, new = Side(original.get(name)), Side(load([name])[name])
-            result.weights.append(compare(name, old, new, threads, nan_is_fine=options.nan == "keep"))
-        for activation in plan.activation_scales:
-            factor = 1.0
-            if any_converted and options.activation_scales == "rescale":
-                factor = 1 / options.table.scale_factor if activation.reciprocal else options.table.scale_factor
-            new_scale = load([activation.name])[activation.name]
-            _check_scale(result, activation.name, original.get(activation.name), new_scale, factor)
-        for batch in batches([infos[name] for name in left]):
-            for name, tensor in load([info.name for info in batch]).items():
-                _check_identical(result, name, original.get(name), tensor)
+    def run(self) -> None:
+        steps = self.recipe.steps
+        scales = dict.fromkeys(pair.scale for pair in self.plan.pairs if pair.weight in steps or pair.scale in steps)
+        overflow = self.verdict_any and len(steps) < len(self.plan.tensors)  # of one shard: others may decide
+        for scale in scales:
+            overflow |= self._group(scale)
+        for step in self.recipe.weights:
+            if step.pair is None:
+                old = self.original.get(step.name)
+                self._compare(step.name, Side(old), Side(self._load([step.name])[step.name]))
+        for step in steps.values():
+            if step.activation is not None:
+                factor = 1.0
+                if overflow and self.rescale_activations:
+                    factor = 1 / self.factor if step.reciprocal else self.factor
+                new = self._load([step.name])[step.name]
+                _check_scale(self.result, step.name, self.original.get(step.name), new, factor)
+        others = [self.plan.tensors[step.name] for step in steps.values() if step.role == "other"]
+        for batch in batches(others):
+            for name, tensor in self._load([info.name for info in batch]).items():
+                _check_identical(self.result, name, self.original.get(name), tensor)
+
+    def _load(self, names: list[str]) -> dict[str, torch.Tensor]:
+        infos = [self.plan.tensors[name] for name in names]
+        self.advance(sum(info.nbytes for info in infos))
+        return self.parts.load(infos)
+
+    def _compare(self, name: str, old: Side, new: Side) -> WeightCheck:
+        check = compare(name, old, new, self.threads, nan_is_fine=self.nan_is_fine)
+        self.result.weights.append(check)
+        return check
+
+    def _group(self, scale_name: str) -> bool:
+        """Check the weights that share a scale, and the scale. Gives whether one of them did not fit."""
+        pairs = self.plan.by_scale[scale_name]
+        scale = self.original.get(scale_name)
+        old = {pair.weight: self.original.get(pair.weight) for pair in pairs}
+        needed = self.always or any(_overflows(as_bytes(weight)) for weight in old.values())
+        new_scale = self._load([scale_name]).get(scale_name)
+        header = self.plan.tensors[scale_name]
+        if new_scale is not None and _unchanged(self.parts.step(scale_name), header):
+            _check_scale(self.result, scale_name, scale, new_scale, self.factor if needed else 1.0)
+        for pair in pairs:
+            if pair.weight in self.recipe.steps:
+                new = self._load([pair.weight])[pair.weight]
+                self._pair(pair, Side(old[pair.weight], scale, pair.granularity), new, new_scale, needed)
+        return needed
+
+    def _pair(self, pair: Pair, old: Side, weight: torch.Tensor, scale: torch.Tensor | None, needed: bool) -> None:
+        covers = TENSOR
+        if scale is not None:
+            same = scale.shape == self.plan.tensors[pair.scale].shape
+            covers = pair.granularity if same else granularity(tuple(weight.shape), tuple(scale.shape))
+        check = self._compare(pair.weight, old, Side(weight, scale, covers))
+        if self.parts.step(pair.weight).action == "translate":
+            codes = expected(self.method) if needed else np.arange(256, dtype=np.uint8)
+            wrong = _other_codes(as_bytes(old.weight), as_bytes(weight), codes)
+            if wrong and not check.problem:
+                check.problem = f"{wrong} codes are not those that rounding to nearest gives"
 
 
-def _check_group(
-    result: Verification,
-    group: tuple[Pair, ...],
-    plan: Plan,
-    original: _Original,
-    new: dict[str, torch.Tensor],
-    parts: Parts,
-    options: Options,
-) -> bool:
-    """Check the weights that share a scale, and the scale. Gives whether they had to be rescaled."""
-    scale_name = group[0].scale
-    scale = original.get(scale_name)
-    new_scale = parts.load([plan.tensors[scale_name]])[scale_name]
-    old = {pair.weight: original.get(pair.weight) for pair in group}
-    needed = options.always or any(_overflows(as_bytes(weight)) for weight in old.values())
-    _check_scale(result, scale_name, scale, new_scale, options.table.scale_factor if needed else 1.0)
-    codes = expected(options.method) if needed else np.arange(256, dtype=np.uint8)
-    for name, weight in old.items():
-        was, now = (Side(w, s, plan.declared.block) for w, s in ((weight, scale), (new[name], new_scale)))
-        check = compare(name, was, now, options.thread_count(), nan_is_fine=options.nan == "keep")
-        wrong = _other_codes(as_bytes(weight), as_bytes(new[name]), codes)
-        if wrong and not check.problem:
-            check.problem = f"{wrong} codes are not those that rounding to nearest gives"
-        result.weights.append(check)
-    return needed
+def _unchanged(step: Step, header: TensorInfo) -> bool:
+    return step.action == "scale" and (step.shape, step.dtype) == (header.shape, header.dtype)
 
 
 def _overflows(codes: Bytes) -> bool:
@@ -276,6 +300,8 @@ class _Comparison:
     ) -> None:
         self.result, self.old, self.new = result, old, new
         self.old_plan, self.new_plan, self.threads = old_plan, new_plan, options.thread_count()
+        self.old_covers = {pair.weight: pair.granularity for pair in old_plan.pairs}
+        self.new_covers = {pair.weight: pair.granularity for pair in new_plan.pairs}
 
     def run(self, advance: Any) -> None:
         old, new = self.old_plan.tensors, self.new_plan.tensors
@@ -303,8 +329,8 @@ class _Comparison:
 
     def _weight(self, name: str, info: TensorInfo) -> None:
         scale, new_scale = self.old_plan.scale_of.get(name), self.new_plan.scale_of.get(name)
-        new = Side(self.new.get(name), self.new.get(new_scale) if new_scale else None, self.new_plan.declared.block)
-        old = Side(self.old.get(name), self.old.get(scale) if scale else None, self.old_plan.declared.block)
+        new = Side(self.new.get(name), self.new.get(new_scale) if new_scale else None, self._covers(name, new_scale))
+        old = Side(self.old.get(name), self.old.get(scale) if scale else None, self.old_covers.get(name, TENSOR))
         check = WeightCheck(name, info.numel)
         try:
             if new.is_fp8 and scale and not new_scale:
@@ -315,6 +341,13 @@ class _Comparison:
         except (WeightError, ScaleError) as error:
             check.problem = str(error).removeprefix(f"{name}: ")
         self.result.weights.append(check)
+
+    def _covers(self, name: str, scale: str | None) -> Granularity:
+        """What the copy's scale covers: where its shape is the original's, the same, whatever its name suggests."""
+        before = self.old_plan.scale_of.get(name)
+        if scale and before and self.new_plan.tensors[scale].shape == self.old_plan.tensors[before].shape:
+            return self.old_covers[name]
+        return self.new_covers.get(name, TENSOR)
 
     def _factors(self, name: str) -> list[float]:
         was, now = scale_values(self.old.get(name)), scale_values(self.new.get(name))

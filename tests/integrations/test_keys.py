@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from neuron_fp8_loader import PlanError
-from neuron_fp8_loader.checkpoint.files import describe
+from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.integrations.keys import nxd_names, reads_scale_inv, renamed
-from neuron_fp8_loader.plan.pairs import Plan, make_plan
+from neuron_fp8_loader.plan import Plan, make_plan
 
 
 def plan_of(weight: str, scale: str) -> Plan:

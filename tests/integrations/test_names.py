@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuron_fp8_loader import plan_checkpoint
-from neuron_fp8_loader.checkpoint.files import describe
+from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.integrations.names import contradictions, modules_to_not_convert
-from neuron_fp8_loader.plan.pairs import Plan, make_plan
+from neuron_fp8_loader.plan import Plan, make_plan
 from tests.support import TINY, shared
 
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -1,0 +1,186 @@
+"""Headers in, plan out: which weight goes with which scale, decided before a byte of weight data is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from .. import conventions
+from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..checkpoint.declared import Declared, read_declared
+from ..codes.granularity import Granularity, granularity
+from ..errors import PlanError
+from ..host.cache import cached
+from ..options import Options, What
+from .plan import ActivationScale, Pair, Plan
+from .recipe import Recipe, make_recipe
+
+FP8 = "float8_e4m3fn"
+FNUZ = "float8_e4m3fnuz"
+E8M0 = "float8_e8m0fnu"
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "float64", E8M0, "uint8")
+"""dtypes that a scale may have; uint8 beside an e4m3fn weight is e8m0 (MXFP8)."""
+
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
+    """Plan a checkpoint from its headers and index alone.
+
+    Args:
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+
+    Raises:
+        CheckpointError: files missing, left over, broken or contradictory.
+        PlanError: ambiguous or impossible pairs, all of them at once.
+    """
+    return plan_for(open_checkpoint(path))
+
+
+def plan_for(checkpoint: Checkpoint) -> Plan:
+    """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
+    return _kept(checkpoint, "plan", lambda declared: make_plan(checkpoint.tensors, str(checkpoint.path), declared))
+
+
+def recipe_for(checkpoint: Checkpoint, what: What) -> Recipe:
+    """The recipe for the whole of an opened checkpoint.
+
+    Raises:
+        PlanError: as ``plan_checkpoint`` and ``make_recipe`` do.
+    """
+    what = what.what if isinstance(what, Options) else what
+    plan = plan_for(checkpoint)
+    return _kept(checkpoint, what, lambda _: make_recipe(plan, what))
+
+
+Named = TypeVar("Named", Plan, Recipe)
+
+
+def _kept(checkpoint: Checkpoint, what: object, make: Callable[[Declared], Named]) -> Named:
+    """What shards that are loaded one by one have in common: they are planned as a whole each time."""
+    declared = read_declared(checkpoint.directory, checkpoint.metadata)
+    if len(checkpoint.files) == 1:
+        return make(declared)
+    key = ("plan", what, checkpoint.fingerprint, declared, conventions.conventions())
+    made = cached(key, lambda: make(declared), _BYTES_A_TENSOR * len(checkpoint.tensors))
+    return made.called(str(checkpoint.path))
+
+
+_BYTES_A_TENSOR = 600  # of a plan or a recipe, about
+
+
+def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared | None = None) -> Plan:
+    """Plan any set of tensors, on disk or in memory. Raises PlanError as ``plan_checkpoint`` does."""
+    declared = declared or Declared()
+    problems: list[str] = []
+    pairs: list[Pair] = []
+    unscaled: list[str] = []
+    fnuz: list[str] = []
+    untouched: list[str] = []
+    for name, info in tensors.items():
+        if info.dtype not in (FP8, FNUZ):
+            continue
+        if conventions.is_marker(name, info.shape) or _is_packed_scale(name, tensors):
+            untouched.append(name)
+        elif info.dtype == FNUZ:
+            fnuz.append(name)
+        else:
+            found = conventions.candidates(name, tensors)
+            if not found:
+                unscaled.append(name)
+            elif len(found) > 1:
+                names = " and ".join(f"{scale} ({rule.name})" for rule, scale in found)
+                problems.append(
+                    f"{name}: has {len(found)} candidates for its scale, {names}; remove the one that is not its "
+                    "scale, or register a convention that beats the other"
+                )
+            else:
+                rule, scale = found[0]
+                dtype = tensors[scale].dtype
+                if dtype not in SCALE_DTYPES:
+                    problems.append(f"{name}: its scale {scale} is {dtype}; expected one of {', '.join(SCALE_DTYPES)}")
+                covers = _granularity(info, tensors[scale], rule, declared)
+                module = rule.module_of(name) or name
+                pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
+    if problems:
+        raise PlanError(source, problems)
+    weights = {pair.weight for pair in pairs} | set(fnuz) | set(unscaled)
+    return Plan(
+        source=source,
+        tensors=tensors,
+        pairs=tuple(pairs),
+        unscaled=tuple(unscaled),
+        fnuz=tuple(fnuz),
+        activation_scales=tuple(_activation_scales(tensors, pairs)),
+        untouched_fp8=tuple(untouched),
+        unquantized=tuple(_unquantized(tensors)),
+        declared=declared,
+        warnings=(*declared.remarks, *_disagreements(declared, bool(weights))),
+    )
+
+
+def _granularity(
+    weight: TensorInfo, scale: TensorInfo, rule: conventions.Convention, declared: Declared
+) -> Granularity:
+    return granularity(
+        weight.shape,
+        scale.shape,
+        declared.block,
+        e8m0=scale.dtype in (E8M0, "uint8"),
+        fused_qkv="qkv" in weight.name,
+        maybe_transposed=rule.transposed,
+    )
+
+
+def _is_packed_scale(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Is this e4m3fn tensor the scale of a packed (uint8, int8, int32) weight, as in NVFP4?"""
+    return any(
+        owner in tensors and tensors[owner].dtype in conventions.PACKED_DTYPES
+        for owner in conventions.packed_owners(name)
+    )
+
+
+def _activation_scales(tensors: Mapping[str, TensorInfo], pairs: list[Pair]) -> list[ActivationScale]:
+    if not pairs:
+        return []
+    weights, scales = {p.weight for p in pairs}, {p.scale for p in pairs}
+    found = []
+    for name, info in tensors.items():
+        if name in scales or info.dtype not in _FLOATS:
+            continue
+        match = conventions.activation_rule(name)
+        if match is None:
+            continue
+        rule, module = match
+        if module is not None and not _is_fp8_module(module, tensors, weights):
+            continue
+        if name.endswith("_proj.output_scale") and f"{name.removesuffix('.output_scale')}.weight._data" in tensors:
+            continue  # optimum-quanto: the linear's own output, always present, not the KV cache
+        partner = conventions.partner_of(rule, name) if info.numel > 1 else None
+        if partner is None or partner in tensors:
+            found.append(ActivationScale(name, rule.kind, rule.reciprocal))
+    return found
+
+
+def _is_fp8_module(module: str, tensors: Mapping[str, TensorInfo], weights: set[str]) -> bool:
+    """Is the module's weight FP8? A module without a weight of its own (stacked experts) counts as one that is."""
+    there = [name for ending in conventions.weight_endings() if (name := module + ending) in tensors]
+    return not there or any(name in weights for name in there)
+
+
+def _unquantized(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    return [
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and info.dtype in _FLOATS and len(info.shape) >= 2
+    ]
+
+
+def _disagreements(declared: Declared, has_fp8: bool) -> list[str]:
+    if declared.fp8 and not has_fp8:
+        return [f"{declared.source} declares FP8 ({declared.method}), but no tensor is float8_e4m3fn"]
+    if declared.fp8 is False and has_fp8:
+        what = f"declares {declared.method}, not FP8" if declared.method else "declares no quantization"
+        return [f"{declared.source} {what}, but there are float8_e4m3fn weights; their dtype counts"]
+    return []

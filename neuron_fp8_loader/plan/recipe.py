@@ -1,0 +1,297 @@
+"""A plan and the options become a recipe: what is done with each tensor, and what it comes out as.
+
+Every driver (files, tensors in memory, slices, parts) and every tool carries this one recipe out. All that can be
+decided from headers is decided here; what hangs on the values of weights is left to a ``Verdict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+from ..codes.formats import FNUZ, HALF, Table
+from ..conventions import module_of
+from ..errors import PlanError
+from ..options import What
+from .layout import can_be_dequantized, scale_shape, unknown
+from .plan import ActivationScale, Pair, Plan
+
+Role = Literal["weight", "scale", "activation scale", "other"]
+Action = Literal["keep", "translate", "scale", "requantize", "dequantize", "drop"]
+
+_SHAPED_FROM = ("uint8", "float8_e8m0fnu")
+"""dtypes of scales that become float32 in a layout of one's own: no layer takes them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one tensor.
+
+    Attributes:
+        name: on disk, or in the state dict that is given.
+        role: what the tensor is.
+        action: ``"translate"``: every code of a weight by ``table``; ``"scale"``: a scale times the factor that makes
+            up for it; ``"requantize"``: a weight from block scales to row scales, and its scale with it;
+            ``"dequantize"``: a weight to bfloat16; ``"drop"``: the scale of a dequantized weight.
+        out, dtype, shape: the name, dtype and shape that it comes out with. A scale takes its shape whatever the
+            verdict says.
+        table: for a weight, how its codes are translated; a weight that is not translated is counted by it.
+        group: the scale whose weights are decided together; ``""`` for a step that hangs on no weight of its own.
+        pair: the weight and the scale that belong together.
+        activation: for a static activation or KV cache scale, what is known of it.
+    """
+
+    name: str
+    role: Role
+    action: Action
+    out: str
+    dtype: str
+    shape: tuple[int, ...]
+    table: Table | None = None
+    group: str = ""
+    pair: Pair | None = None
+    activation: ActivationScale | None = None
+
+    @property
+    def reciprocal(self) -> bool:
+        """Does the tensor hold 1/scale?"""
+        return self.activation is not None and self.activation.reciprocal
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What hangs on the values of weights. A driver measures it, or is given it.
+
+    Attributes:
+        groups: names of the scales whose weights are translated.
+        any: does any weight of the whole checkpoint not fit +-240? Activation scales hang on that.
+    """
+
+    groups: Container[str]
+    any: bool
+
+    def applies(self, step: Step) -> bool:
+        """Is the step's action carried out? Only ``"translate"`` and ``"scale"`` may be left out."""
+        if step.group:
+            return step.group in self.groups
+        return self.any or step.activation is None
+
+
+class _All(Container[str]):
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+ALL = Verdict(_All(), True)
+"""Every weight is translated: what a slice, which does not see the whole weight, must assume."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of each tensor of a checkpoint.
+
+    Attributes:
+        plan: what is known of the tensors.
+        what: the options it was made with.
+        steps: name -> step, in the checkpoint's order.
+    """
+
+    plan: Plan
+    what: What
+    steps: Mapping[str, Step]
+
+    @property
+    def table(self) -> Table:
+        """The method's table."""
+        return self.what.table
+
+    @cached_property
+    def weights(self) -> tuple[Step, ...]:
+        """The steps of all FP8 weights."""
+        return tuple(step for step in self.steps.values() if step.role == "weight")
+
+    @cached_property
+    def scaled_weights(self) -> tuple[Step, ...]:
+        """The steps of FP8 weights that have a scale: those that a device could misread, and that can be mended."""
+        return tuple(step for step in self.weights if step.pair is not None)
+
+    @cached_property
+    def laid_out(self) -> bool:
+        """Is any weight requantized, or dequantized by its scale? That needs weight and scale together."""
+        return any(step.action in ("requantize", "dequantize") for step in self.scaled_weights)
+
+    def called(self, source: str) -> Recipe:
+        """The same recipe for a checkpoint by another name."""
+        renamed = copy(self)
+        object.__setattr__(renamed, "plan", self.plan.called(source))
+        return renamed
+
+    def within(self, names: Iterable[str]) -> Recipe:
+        """The part of the recipe that is about these tensors, in their order."""
+        return Recipe(self.plan, self.what, {name: self.steps[name] for name in names})
+
+    def doing(self, *actions: Action, role: Role | None = None) -> Iterator[Step]:
+        """The steps with one of these actions."""
+        return (s for s in self.steps.values() if s.action in actions and role in (None, s.role))
+
+    def torn(self) -> list[str]:
+        """Pairs that must be together for their layout, and of which one tensor is not in this part."""
+        apart: dict[str, None] = {}
+        for step in self.steps.values():
+            pair = step.pair
+            if pair is None or (pair.weight in self.steps and pair.scale in self.steps):
+                continue
+            header = self.plan.tensors[step.name]
+            reshaped = step.role == "scale" and (step.shape, step.dtype) != (header.shape, header.dtype)
+            if step.action in ("requantize", "dequantize", "drop") or reshaped:
+                apart[f"{pair.weight} / {pair.scale}"] = None
+        return list(apart)
+
+
+def make_recipe(plan: Plan, what: What, names: Mapping[str, str] | None = None) -> Recipe:
+    """Decide what becomes of every tensor.
+
+    Args:
+        plan: from ``plan_checkpoint`` or ``make_plan``.
+        what: the options; ``Options`` will do.
+        names: new names for some of the tensors.
+
+    Raises:
+        PlanError: what the options ask for cannot be done with some pairs, all of them at once.
+    """
+    return _Maker(plan, what, names or {}).recipe()
+
+
+class _Maker:
+    def __init__(self, plan: Plan, what: What, names: Mapping[str, str]) -> None:
+        self.plan, self.what, self.names = plan, what, names
+        self.steps: dict[str, Step] = {}
+        self.problems: list[str] = []
+        self.patterns = tuple(what.dequantize)
+        self.unused = set(self.patterns)
+
+    def recipe(self) -> Recipe:
+        for pairs in self.plan.by_scale.values():
+            self._group(pairs)
+        self._without_scale()
+        self.problems += [f"dequantize={pattern!r} {self._no_match(pattern)}" for pattern in sorted(self.unused)]
+        for activation in self.plan.activation_scales:
+            rescale = self.what.activation_scales == "rescale"
+            self._step(activation.name, "activation scale", "scale" if rescale else "keep", activation=activation)
+        tensors = self.plan.tensors
+        steps = {name: self.steps.get(name) or self._other(name) for name in tensors}
+        self._check_names(steps)
+        if self.problems:
+            raise PlanError(self.plan.source, self.problems)
+        return Recipe(self.plan, self.what, steps)
+
+    def _group(self, pairs: tuple[Pair, ...]) -> None:
+        """The weights that share a scale, and the scale."""
+        scale, tensors = pairs[0].scale, self.plan.tensors
+        actions = [self._weight_action(pair) for pair in pairs]
+        for pair, (action, _) in zip(pairs, actions, strict=True):
+            table = HALF if action != "translate" else self.what.table
+            dtype = "bfloat16" if action == "dequantize" else tensors[pair.weight].dtype
+            group = scale if action == "translate" else ""
+            self._step(pair.weight, "weight", action, dtype=dtype, table=table, group=group, pair=pair)
+        if len(pairs) > 1 and any(action != "translate" for action, _ in actions):
+            self.problems.append(f"{scale}: belongs to {len(pairs)} weights, which cannot be laid out apart")
+            return
+        shapes = {shape for _, shape in actions}
+        if len(shapes) > 1:
+            self.problems.append(f"{scale}: belongs to several weights, which would need it in different shapes")
+            return
+        (action, _), (shape,) = actions[0], shapes
+        header = tensors[scale]
+        if action == "dequantize":
+            self._step(scale, "scale", "drop", pair=pairs[0])
+        elif action == "requantize":
+            rows = tensors[pairs[0].weight].shape[:-1]
+            self._step(scale, "scale", "requantize", dtype="float32", shape=(*rows, 1), pair=pairs[0])
+        else:
+            dtype = "float32" if shape is not None and header.dtype in _SHAPED_FROM else header.dtype
+            self._step(scale, "scale", "scale", dtype=dtype, shape=shape, group=scale, pair=pairs[0])
+
+    def _weight_action(self, pair: Pair) -> tuple[Action, tuple[int, ...] | None]:
+        """What is done with a weight, and the shape that its scale takes (None: its own)."""
+        tensors, matching = self.plan.tensors, [p for p in self.patterns if fnmatchcase(pair.module, p)]
+        if matching:
+            self.unused.difference_update(matching)
+            if not can_be_dequantized(pair, tensors):
+                self.problems.append(f"{pair.weight}: cannot be dequantized; {unknown(pair, tensors)}")
+            return "dequantize", None
+        if self.what.layout == "keep":
+            return "translate", None
+        try:
+            shape = scale_shape(pair, tensors, self.what.layout)
+        except ValueError as error:
+            self.problems.append(f"{pair.weight}: {error}")
+            return "translate", None
+        return ("requantize", None) if shape is None else ("translate", shape)
+
+    def _without_scale(self) -> None:
+        """Weights without a scale: those of another format, whose scale stays as it is, and those that have none."""
+        for name in self.plan.fnuz:
+            if self.what.layout != "keep":
+                self.problems.append(
+                    f'{name}: is float8_e4m3fnuz, whose scales are not laid out; layout="keep", and shape them '
+                    "yourself"
+                )
+            self._step(name, "weight", "translate", dtype="float8_e4m3fn", table=FNUZ)
+        for name in self.plan.unscaled:
+            dequantize = self.what.unscaled == "dequantize"
+            dtype = "bfloat16" if dequantize else None
+            self._step(name, "weight", "dequantize" if dequantize else "keep", dtype=dtype, table=HALF)
+
+    def _no_match(self, pattern: str) -> str:
+        others = [n for n in (*self.plan.unscaled, *self.plan.fnuz) if fnmatchcase(module_of(n), pattern)]
+        if not others:
+            return "matches no FP8 module"
+        return f'matches only FP8 weights without a scale (unscaled="dequantize") or float8_e4m3fnuz: {others[0]}'
+
+    def _step(
+        self,
+        name: str,
+        role: Role,
+        action: Action,
+        *,
+        dtype: str | None = None,
+        shape: tuple[int, ...] | None = None,
+        table: Table | None = None,
+        group: str = "",
+        pair: Pair | None = None,
+        activation: ActivationScale | None = None,
+    ) -> None:
+        header = self.plan.tensors[name]
+        self.steps[name] = Step(
+            name,
+            role,
+            action,
+            self.names.get(name, name),
+            dtype or header.dtype,
+            header.shape if shape is None else shape,
+            table,
+            group,
+            pair,
+            activation,
+        )
+
+    def _other(self, name: str) -> Step:
+        header = self.plan.tensors[name]
+        return Step(name, "other", "keep", self.names.get(name, name), header.dtype, header.shape)
+
+    def _check_names(self, steps: Mapping[str, Step]) -> None:
+        taken: dict[str, str] = {}
+        for step in steps.values():
+            first = step.name if step.action == "drop" else taken.setdefault(step.out, step.name)
+            if first != step.name:
+                self.problems.append(f"{step.out}: {first} and {step.name} would both get this name")
+
+
+def converted(recipe: Recipe, verdict: Verdict) -> list[str]:
+    """The weights that are translated by the method: not those of another format, which always are."""
+    return [step.name for step in recipe.scaled_weights if step.action == "translate" and verdict.applies(step)]
