@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-all lint bench clean
 
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
-	@echo "make test   install what the tests need and run them, once per kernel path"
+	@echo "make test   install what the tests need and run them: those of the kernel on each of its paths, the rest once"
+	@echo "make test-all  run all tests on each path"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
@@ -32,9 +34,20 @@ install: $(VENV)/.package
 demo: $(VENV)/.package
 	@$(BIN)/python examples/demo.py
 
+# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last
 test: $(VENV)/.test
-	@for path in $$($(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'); do \
-		echo "== kernel path $$path"; \
+	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; \
+	for path in "$$@"; do \
+		echo "== kernel path $$path, the tests that depend on it"; \
+		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path || exit 1; \
+	done; \
+	echo "== kernel path $$fastest, all tests"; \
+	NEURON_FP8_LOADER_KERNEL=$$fastest $(BIN)/python -m pytest
+
+test-all: $(VENV)/.test
+	@paths=$$($(PATHS)) || exit 1; \
+	for path in $$paths; do \
+		echo "== kernel path $$path, all tests"; \
 		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest || exit 1; \
 	done
 

@@ -12,7 +12,7 @@ from convention_rows import LEFT_ALONE, ROWS, STATIC_SCALES, Row, made, parse
 from oracle import assert_bytes_kept, assert_pair_kept, values
 from safetensors.torch import load_file as original
 from safetensors.torch import save_file
-from support import SHARED, raw, shared
+from support import REAL, raw, shared
 
 from neuron_fp8_loader import (
     conventions,
@@ -175,9 +175,6 @@ def test_left_alone_by_name(name: str) -> None:
 # -- real checkpoints -----------------------------------------------------------------------------------------
 
 CONTROLS = {"ct_nvfp4", "ct_int8_w8a8"}
-REAL = sorted(d.name for d in SHARED.iterdir() if d.is_dir() and d.name[0] != "_") if SHARED.is_dir() else ["none"]
-
-
 DECLARED = {
     "ct_fp8_block": ("compressed-tensors float-quantized", (128, 128)),
     "ct_fp8_dynamic": ("compressed-tensors float-quantized", None),

@@ -26,9 +26,7 @@ from neuron_fp8_loader.tools.export import STATE, ExportError, prepare_export
 from neuron_fp8_loader.tools.shards import NOTE
 from neuron_fp8_loader.tools.verify import verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
-from tests.support import ROOT, SHARED, TINY, shared
-
-REAL = sorted(p.name for p in SHARED.glob("*") if p.is_dir() and p.name != "_base") if SHARED.is_dir() else []
+from tests.support import REAL, ROOT, TINY, shared
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -47,7 +45,7 @@ def on_disk(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])
 def test_the_copy_is_what_a_load_gives(tmp_path: Path, name: str) -> None:
-    path, out = TINY if name == "tiny" else SHARED / name, tmp_path / "out"
+    path, out = TINY if name == "tiny" else shared(name), tmp_path / "out"
     data = run_json("export", path, out, code=0)
     assert data["finished"]
     assert same(on_disk(out), load_state_dict(path))

@@ -16,14 +16,12 @@ from neuron_fp8_loader.tools.arithmetic import GPU, HALF_STEP, NEURON, expected
 from neuron_fp8_loader.tools.compare import Side, compare
 from neuron_fp8_loader.tools.verify import compare_checkpoints, verify_checkpoint
 from tests.cli.helpers import codes, layer, one_line, run, run_json, sharded, single
-from tests.support import SHARED, TINY, e4m3fn, sqnr
-
-REAL = sorted(p.name for p in SHARED.glob("*") if p.is_dir() and p.name != "_base") if SHARED.is_dir() else []
+from tests.support import REAL, TINY, e4m3fn, shared, sqnr
 
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])
 def test_real_checkpoints_pass(name: str) -> None:
-    data = run_json("verify", TINY if name == "tiny" else SHARED / name, code=0)
+    data = run_json("verify", TINY if name == "tiny" else shared(name), code=0)
     assert data["ok"]
     assert data["sqnr_db"] is None or data["sqnr_db"] > 100
     assert not any(w["above"] or w["off"] for w in data["weights"])
