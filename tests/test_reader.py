@@ -166,14 +166,14 @@ def open_files() -> int:
 def test_a_file_that_shrinks_after_its_header_was_read(tmp_path, monkeypatch, small_pieces, threads, left):
     file, _ = some(tmp_path)
     size = file.stat().st_size
-    plan = loader.plan_for
+    plan = loader.recipe_for
 
-    def then_shrink(checkpoint):
-        made = plan(checkpoint)
+    def then_shrink(*args):
+        made = plan(*args)
         os.truncate(file, int(size * left) if left >= 0 else size - 1)
         return made
 
-    monkeypatch.setattr(loader, "plan_for", then_shrink)
+    monkeypatch.setattr(loader, "recipe_for", then_shrink)
     files, running = open_files(), threading.active_count()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte \d+, in the data of .*truncated"):
         load_state_dict(file, threads=threads)
@@ -182,8 +182,8 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path, monkeypatch, sm
 
 def test_a_file_that_goes_away(tmp_path, monkeypatch):
     file, _ = some(tmp_path)
-    plan = loader.plan_for
-    monkeypatch.setattr(loader, "plan_for", lambda checkpoint: (plan(checkpoint), file.unlink())[0])
+    plan = loader.recipe_for
+    monkeypatch.setattr(loader, "recipe_for", lambda *args: (plan(*args), file.unlink())[0])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be opened: No such file"):
         load_state_dict(file)
 

@@ -1,6 +1,9 @@
-"""A checkpoint: its files and their headers, what its config declares, and the way its bytes are read."""
+"""A checkpoint: its files and their headers, what its config declares, and the source of its bytes."""
 
-from .files import Checkpoint, TensorInfo, describe, load_bin, open_checkpoint
+from .bin import load_bin
+from .files import Checkpoint, open_checkpoint
+from .info import TensorInfo, describe
 from .reader import Decision, WeightJob
+from .source import Source
 
-__all__ = ["Checkpoint", "Decision", "TensorInfo", "WeightJob", "describe", "load_bin", "open_checkpoint"]
+__all__ = ["Checkpoint", "Decision", "Source", "TensorInfo", "WeightJob", "describe", "load_bin", "open_checkpoint"]

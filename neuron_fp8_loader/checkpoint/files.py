@@ -18,6 +18,9 @@ import torch
 
 from ..codes.formats import E4M3FN, E4M3FNUZ
 from ..errors import CheckpointError, listing
+from .bin import load_bin
+from .info import TensorInfo, describe
+from .source import BinSource, SafetensorsSource, Source
 
 _INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -36,42 +39,6 @@ _DTYPES: dict[str, tuple[str, int]] = {
     "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
     "F8_E8M0": ("float8_e8m0fnu", 8), "F4": ("float4_e2m1fn_x2", 4),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor.
-
-    Attributes:
-        name: its key.
-        dtype: torch's name of the dtype, e.g. ``"float8_e4m3fn"``.
-        shape: as torch will have it.
-        nbytes: length of its data.
-        file: the file it is in; None for a tensor in memory.
-        offset: where its data begins in the file; -1 in a ``.bin`` file or in memory.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: Path | None = None
-    offset: int = -1
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype itself. Raises CheckpointError where this torch does not know it."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(
-                f"{self.file}: {self.name} is {self.dtype}, which torch {torch.__version__} does not have; "
-                "install a newer torch"
-            )
-        return dtype
 
 
 @dataclass(frozen=True)
@@ -99,14 +66,15 @@ class Checkpoint:
         return self.files[0].suffix == ".bin"
 
     @property
-    def source(self) -> Any:
-        from .source import source_of
-
-        return source_of(self)
+    def source(self) -> Source:
+        """Where the bytes come from."""
+        return BinSource(self.files) if self.is_bin else SafetensorsSource()
 
     @property
-    def fingerprint(self) -> Any:
-        return (self.files, self.digests)
+    def fingerprint(self) -> tuple[object, ...]:
+        """Equal for checkpoints of the same files that have not changed since."""
+        status = [file.stat() for file in self.files]
+        return (self.files, self.digests, tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in status))
 
     def selected_tensors(self) -> list[TensorInfo]:
         return [info for info in self.tensors.values() if info.file in self.selected]
@@ -319,31 +287,6 @@ def _safetensors_headers(file: Path, _digest: bytes) -> tuple[list[TensorInfo], 
     return infos, metadata
 
 
-def load_bin(file: Path, *, device: str = "cpu") -> dict[str, Any]:
-    """The state dict of a ``.bin`` file, mapped lazily; nothing but tensors and plain data is unpickled.
-
-    Raises:
-        CheckpointError: not a file of plain tensors.
-    """
-    try:
-        try:
-            loaded = torch.load(file, map_location=device, weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            loaded = torch.load(file, map_location=device, weights_only=True)  # written before torch 1.6
-    except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "WeightsUnpickler" in line), lines[0])  # not the advice
-        raise CheckpointError(
-            f"{file}: not a file of plain tensors, which is all that torch.load(weights_only=True) reads: {reason}\n"
-            "Tensor subclasses (older torchao checkpoints) can be saved flattened, as safetensors, by their producer."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a state dict")
-    return dict(loaded)
-
-
 def _bin_headers(file: Path) -> list[TensorInfo]:
     loaded = load_bin(file, device="meta")
     for name, value in loaded.items():
@@ -354,9 +297,3 @@ def _bin_headers(file: Path) -> list[TensorInfo]:
                 "dict itself"
             )
     return [describe(name, t, file) for name, t in loaded.items() if isinstance(t, torch.Tensor)]
-
-
-def describe(name: str, tensor: torch.Tensor, file: Path | None = None) -> TensorInfo:
-    """The header that a tensor in memory would have."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size(), file)

@@ -17,7 +17,7 @@ from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError
 from ..host.memory import allocate, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
-from .files import TensorInfo
+from .info import TensorInfo
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 

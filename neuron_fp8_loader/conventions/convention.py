@@ -20,6 +20,7 @@ class Convention:
         beats: names of conventions that do not count where this one matches too.
         transposed: stacked experts of three dimensions lie as [experts, in, out], as in Llama 4; elsewhere they lie
             as [experts, out, in].
+        scale_transposed: some of its scales of stacked experts are stored as [experts, out, 1] (FBGEMM Llama 4).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Convention:
     producers: str = ""
     beats: tuple[str, ...] = ()
     transposed: bool = False
+    scale_transposed: bool = False
 
     def __post_init__(self) -> None:
         for template in (self.weight, self.scale):

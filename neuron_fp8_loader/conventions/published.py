@@ -34,7 +34,9 @@ PUBLISHED: tuple[Convention, ...] = (
     Convention(
         "fused_weight_scale", "{}", "{}_weight_scale", "ModelOpt Llama 4, DBRX (fused experts)", transposed=True
     ),
-    Convention("fused_scale", "{}", "{}_scale", "FBGEMM Llama 4 (fused experts)", transposed=True),
+    Convention(
+        "fused_scale", "{}", "{}_scale", "FBGEMM Llama 4 (fused experts)", transposed=True, scale_transposed=True
+    ),
     Convention("fused_scales", "{}", "{}_scales", "fused experts"),
     Convention("fused_dot_weight_scale", "{}", "{}.weight_scale", "fused experts"),
     Convention("fused_dot_scale", "{}", "{}.scale", "NxD Inference (fused experts)", transposed=True),

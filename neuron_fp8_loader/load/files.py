@@ -135,7 +135,7 @@ class _Load:
         return finished(recipe, tensors, made), report
 
     def _check_together(self) -> None:
-        torn = self.recipe.torn()
+        torn = self.whole.torn(self.recipe.steps)
         if torn:
             raise CheckpointError(
                 f"{self.recipe.plan.source}: layout and dequantize need a weight and its scale together; load the "
@@ -159,7 +159,7 @@ class _Load:
             # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
             apart = [plan.tensors[pair.weight] for pair in plan.by_scale[scale] if pair.weight not in here]
             if apart and not decision.convert:
-                decision.convert = self.source.find_overflow(apart, self.recipe.table, self.threads)
+                decision.convert = self.source.find_overflow(apart, self.recipe.table)
         return decisions
 
     @staticmethod
@@ -185,7 +185,7 @@ class _Load:
             return False
 
         def look() -> bool:
-            return bool(self.source.find_overflow(others, self.whole.table, self.threads))
+            return bool(self.source.find_overflow(others, self.whole.table))
 
         return cached(_fact(self.checkpoint), look, _FACT_BYTES)
 

@@ -129,7 +129,7 @@ def _granularity(
         declared.block,
         e8m0=scale.dtype in (E8M0, "uint8"),
         fused_qkv="qkv" in weight.name,
-        maybe_transposed=rule.transposed,
+        maybe_transposed=rule.scale_transposed,
     )
 
 

@@ -138,17 +138,15 @@ class Recipe:
         """The steps with one of these actions."""
         return (s for s in self.steps.values() if s.action in actions and role in (None, s.role))
 
-    def torn(self) -> list[str]:
-        """Pairs that must be together for their layout, and of which one tensor is not in this part."""
+    def torn(self, names: Container[str]) -> list[str]:
+        """Pairs that their layout needs together, and of which only one tensor is among ``names``."""
         apart: dict[str, None] = {}
-        for step in self.steps.values():
+        for step in self.weights:
             pair = step.pair
-            if pair is None or (pair.weight in self.steps and pair.scale in self.steps):
-                continue
-            header = self.plan.tensors[step.name]
-            reshaped = step.role == "scale" and (step.shape, step.dtype) != (header.shape, header.dtype)
-            if step.action in ("requantize", "dequantize", "drop") or reshaped:
-                apart[f"{pair.weight} / {pair.scale}"] = None
+            if pair is not None and (pair.weight in names) != (pair.scale in names):
+                scale, header = self.steps[pair.scale], self.plan.tensors[pair.scale]
+                if step.action != "translate" or (scale.shape, scale.dtype) != (header.shape, header.dtype):
+                    apart[f"{pair.weight} / {pair.scale}"] = None
         return list(apart)
 
 

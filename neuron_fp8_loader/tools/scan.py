@@ -187,14 +187,14 @@ def scan_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
 def scan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Scan:
     """``scan_checkpoint`` for a checkpoint already opened, and the recipe for the whole of it."""
     begin = time.perf_counter()
-    recipe = recipe.within(info.name for info in checkpoint.selected_tensors())
+    recipe, whole = recipe.within(info.name for info in checkpoint.selected_tensors()), recipe
     weights = _weights(checkpoint, recipe, options)
-    verdict = _verdict(checkpoint, recipe, weights, options)
+    verdict = _verdict(checkpoint, recipe, weights)
     return Scan(
         recipe=recipe,
         weights=weights,
         verdict=verdict,
-        refusals=tuple(_refusals(checkpoint, recipe, weights, verdict, options)),
+        refusals=tuple(_refusals(checkpoint, recipe, weights, verdict, options, whole.torn(recipe.steps))),
         nbytes=sum(recipe.plan.tensors[name].nbytes for name in weights),
         seconds=time.perf_counter() - begin,
     )
@@ -215,7 +215,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> dict[s
     return {name: WeightCodes(name, seen, tables[name]) for name, seen in counts.items()}
 
 
-def _verdict(checkpoint: Checkpoint, recipe: Recipe, weights: Mapping[str, WeightCodes], options: Options) -> Verdict:
+def _verdict(checkpoint: Checkpoint, recipe: Recipe, weights: Mapping[str, WeightCodes]) -> Verdict:
     plan, table, always = recipe.plan, recipe.table, recipe.what.always
     touched = dict.fromkeys(step.group for step in recipe.steps.values() if step.group)
     groups = set()
@@ -223,7 +223,7 @@ def _verdict(checkpoint: Checkpoint, recipe: Recipe, weights: Mapping[str, Weigh
         names = [pair.weight for pair in plan.by_scale[scale]]
         apart = [plan.tensors[name] for name in names if name not in weights]
         here = always or any(weights[name].above for name in names if name in weights)
-        if here or (apart and checkpoint.source.find_overflow(apart, table, options.thread_count())):
+        if here or (apart and checkpoint.source.find_overflow(apart, table)):
             groups.add(scale)
     overflow = bool(groups) or laid_out_overflow(recipe, {name: codes.counts for name, codes in weights.items()})
     return Verdict(frozenset(groups), overflow)
@@ -235,6 +235,7 @@ def _refusals(
     weights: Mapping[str, WeightCodes],
     verdict: Verdict,
     options: Options,
+    torn: list[str],
 ) -> list[str]:
     """Run the checks of a load on what was counted, each by itself so that none hides another."""
     found = []
@@ -248,7 +249,7 @@ def _refusals(
     scales, _ = checkpoint.source.read(infos, {}, options.thread_count())
     try:
         new_scales(recipe, scales, verdict)
-        if not recipe.torn():
+        if not torn:
             check_layout(recipe, scales)
     except ScaleError as error:
         found.append(str(error))

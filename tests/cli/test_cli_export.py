@@ -19,7 +19,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from neuron_fp8_loader import OptionError, WeightError, kernel, load_state_dict
+from neuron_fp8_loader import WeightError, kernel, load_state_dict
 from neuron_fp8_loader.load import parts
 from neuron_fp8_loader.tools import export as exporting
 from neuron_fp8_loader.tools.export import STATE, ExportError, prepare_export
@@ -163,13 +163,20 @@ def test_refused_weights_leave_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"layout": "per_channel"}, {"dequantize": ["*"]}])
-def test_options_of_a_load_only_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    path = single(tmp_path / "c", layer(0))
-    with pytest.raises(OptionError, match="layout and dequantize"):
-        prepare_export(path, tmp_path / "out", **options)
-    with pytest.raises(OptionError, match="layout and dequantize"):
-        verify_checkpoint(path, **options)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", ["hf_fp8_block", "derived_split_shards", "modelopt_fp8_kv", "ct_fp8_dynamic_moe"])
+def test_an_export_is_what_a_load_with_its_options_gives(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    path, out = shared(name), tmp_path / "out"
+    prepare_export(path, out, **options).run()
+    wanted = load_state_dict(path, **options)
+    written = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert written.keys() == wanted.keys()
+    for tensor, value in wanted.items():
+        assert (written[tensor].dtype, written[tensor].shape) == (value.dtype, value.shape), tensor
+        assert torch.equal(written[tensor].view(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), tensor
+    checked = verify_checkpoint(path, **options)
+    assert checked.ok, checked.problems
+    if (out / "model.safetensors.index.json").exists():
+        assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == wanted.keys()
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,9 +139,9 @@ def test_a_copy_by_the_readme_script(tmp_path: Path, original: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("scale forgotten", "off by more than one rounding"),
+        ("scale forgotten", "off by more than rounding"),
         ("weight forgotten", "codes above 240"),
-        ("one byte", "off by more than one rounding"),
+        ("one byte", "off by more than rounding"),
         ("other tensor", "differs from the original"),
         ("missing", "is missing from"),
         ("scale lost", "has lost its scale"),
