@@ -27,7 +27,7 @@ def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) ->
         source: where it comes from, for the message.
         options: ``nan="keep"`` lets NaN codes through, which are NaN to a GPU too; nothing lets the others through.
     """
-    flat = {name: _bytes(t) for name, t in state_dict.items() if _is_weight(name, t, state_dict)}
+    flat = {name: _bytes(t) for name, t in state_dict.items() if is_weight(name, t, state_dict)}
     counts = count_codes(flat, dict.fromkeys(flat, HALF), options.thread_count())
     bad = [f"{name}: {c.above} codes above 240" for name, c in counts.items() if c.above]
     if options.nan == "error":
@@ -40,7 +40,8 @@ def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) ->
         )
 
 
-def _is_weight(name: str, value: Any, state_dict: Mapping[str, Any]) -> bool:
+def is_weight(name: str, value: Any, state_dict: Mapping[str, Any]) -> bool:
+    """Is this an e4m3fn weight on the CPU? Markers and scales of packed (NVFP4) weights are none."""
     if not isinstance(value, torch.Tensor) or value.dtype != E4M3FN or value.device.type != "cpu":
         return False
     if conventions.is_marker(name, tuple(value.shape)):

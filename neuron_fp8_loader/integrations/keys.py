@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import PlanError
@@ -48,11 +49,25 @@ def reads_scale_inv(cls: type) -> bool:
     qwen3_moe dequantizes block-scaled weights in its conversion, and so do classes of others; their modules speak of
     the name, which nothing else in NxD Inference does.
     """
+    return any("_scale_inv" in source for source in _sources(cls))
+
+
+def quantizes_itself(cls: type) -> bool:
+    """Does a model class read ``weight_scale_inv`` and make the scales of its quantized layers from it (GLM-5.2)?
+
+    The others dequantize everything, and have nothing for quantized layers.
+    """
+    return any("_scale_inv" in source and _MADE.search(source) for source in _sources(cls))
+
+
+_MADE = re.compile(r"\.(gate_up_proj|down_proj)\.scale[\"']")
+
+
+def _sources(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         module = sys.modules.get(base.__module__)
         try:
-            if module is not None and "_scale_inv" in inspect.getsource(module):
-                return True
+            if module is not None:
+                yield inspect.getsource(module)
         except (OSError, TypeError):  # no source: a builtin, or a class made in a session
             continue
-    return False

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,19 @@ import torch
 
 from ..checkpoint import describe
 from ..checkpoint.declared import read_declared
+from ..conventions import module_of
+from ..errors import listing
 from ..load.files import load_checkpoint
 from ..load.state_dict import rescale_by
 from ..options import Options
 from ..plan import Plan, make_plan, make_recipe, plan_checkpoint
 from .check import check_ready
-from .flag import FLAG, options_for, parse
-from .keys import nxd_names, reads_scale_inv, renamed
+from .complete import check_complete, scales_of
+from .explain import explained
+from .flag import FLAG, dequantized, options_for, parse
+from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
+from .modules import check_plain, modules_of, not_quantized, patterns
+from .names import paths_of
 from .neuron_config import find_plan, has_fp8
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -47,16 +53,45 @@ class Session:
         quantized: are there quantized layers, which look for scales under names of their own?
         own_scales: does the model read ``weight_scale_inv`` by itself, in the shape that it has?
         read_ready: was the state dict read by the loader, and so is rescaled?
+        entries: ``modules_to_not_convert``.
+        app: the application, where it is known; its model tells which modules are quantized.
+        prefix: of the draft or the target in the model.
+        scales: of the FP8 weights that the model's conversion was given.
+        unscaled: modules whose FP8 weights have no scale, by the paths that they may have.
     """
 
     options: dict[str, Any]
     quantized: bool = True
     own_scales: bool = False
     read_ready: bool = False
+    entries: tuple[str, ...] = ()
+    app: Any = None
+    prefix: str = ""
+    scales: dict[str, str] = field(default_factory=dict)
+    unscaled: set[str] = field(default_factory=set)
 
     def options_for(self, plan: Plan) -> dict[str, Any]:
-        """The options, but that scales which the model reads by itself keep their shapes."""
-        return {**self.options, "layout": "keep"} if self._keeps_names(plan) else self.options
+        """The options, but that scales which the model reads by itself keep their shapes, and that FP8 modules which
+        NxD does not quantize become bfloat16.
+
+        Raises:
+            OptionError: a module that is not FP8 goes to a quantized layer.
+        """
+        self.unscaled |= {path for name in plan.unscaled for path in paths_of(module_of(name))}
+        if self._keeps_names(plan):
+            return {**self.options, "layout": "keep"}
+        modules = modules_of(self.app) if self.app is not None else None
+        if modules is not None and self.prefix:
+            modules = modules.below(self.prefix)
+        more = not_quantized(plan, self.entries, modules)
+        options = {**self.options}
+        if more:
+            log.info("%s: as bfloat16, for NxD does not quantize %s", plan.source, listing("FP8 module", more, 5))
+            given = Options.of(self.options).dequantize
+            options["dequantize"] = [*given, *patterns(plan, more)]
+        if modules is not None:
+            check_plain(plan, dequantized(plan, options), modules)
+        return options
 
     def named(self, state_dict: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """With the names that the layers of the model look for."""
@@ -67,6 +102,7 @@ class Session:
 
 
 _session: ContextVar[Session | None] = ContextVar("neuron_fp8_loader_session", default=None)
+_application: ContextVar[Any] = ContextVar("neuron_fp8_loader_application", default=None)
 
 
 @contextmanager
@@ -83,7 +119,11 @@ def _session_for(config: Any, model: type) -> Session | None:
     options = options_for(neuron_config)
     if options is None:
         return None
-    return Session(options, bool(getattr(neuron_config, "quantized", False)), reads_scale_inv(model))
+    quantized = bool(getattr(neuron_config, "quantized", False))
+    own = quantizes_itself(model) if quantized else reads_scale_inv(model)
+    entries = tuple(getattr(neuron_config, "modules_to_not_convert", None) or ())
+    prefix = getattr(model, "_FUSED_PREFIX", "")
+    return Session(options, quantized, own, entries=entries, app=_application.get(), prefix=prefix)
 
 
 def reader(file_name: str) -> Callable[..., Any]:
@@ -94,8 +134,7 @@ def reader(file_name: str) -> Callable[..., Any]:
         if session is None:
             return original(state_dict_dir, *args, **kwargs)
         path = os.path.join(state_dict_dir, file_name)
-        # headers are read twice only where the answer hangs on them
-        options = session.options_for(plan_checkpoint(path)) if session.own_scales else session.options
+        options = session.options_for(plan_checkpoint(path))
         loaded = load_checkpoint(path, **options)
         session.read_ready = True
         return session.named(loaded.state_dict, loaded.plan)
@@ -109,9 +148,14 @@ def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: A
     with _within(session):  # None too: a draft without the flag is not the target's business
         if session is None:
             return original(cls, path, config, *args, **kwargs)
-        state_dict = original(_ready_before_conversion(cls, session, path), path, config, *args, **kwargs)
+        with explained(str(path)):
+            state_dict = original(_ready_before_conversion(cls, session, path), path, config, *args, **kwargs)
     _check(state_dict, path, session)
-    _warn_unquantized(state_dict, path, config)
+    if not config.neuron_config.is_mlp_quantized() or session.quantized:
+        head = f"{session.prefix}." if session.prefix else ""
+        mine = {name.removeprefix(head): value for name, value in state_dict.items()}
+        unscaled = session.unscaled if session.options.get("unscaled") != "dequantize" else ()
+        check_complete(mine, session.scales, str(path), quantized=session.quantized, unscaled=unscaled)
     return state_dict
 
 
@@ -130,6 +174,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
             options = Options.of(session.options_for(plan))
             state_dict, _ = rescale_by(state_dict, make_recipe(plan, options), options, inplace=True)
             state_dict = session.named(state_dict, plan)
+        session.scales.update(scales_of(state_dict))
         return convert(state_dict, *args, **kwargs)
 
     namespace = {
@@ -142,9 +187,13 @@ def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
 
 def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """``NeuronApplicationBase.checkpoint_loader_fn``: for applications with a ``get_state_dict`` of their own."""
-    session = _session_for(self.config, type(self))
-    with _within(session):
-        state_dict = original(self, *args, **kwargs)
+    token = _application.set(self)
+    try:
+        session = _session_for(self.config, type(self))
+        with _within(session):
+            state_dict = original(self, *args, **kwargs)
+    finally:
+        _application.reset(token)
     if session is not None and not all(_inherits(kind, "get_state_dict") for kind in _applications(self)):
         _check(state_dict, str(getattr(self, "model_path", type(self).__name__)), session)
     return state_dict
@@ -179,10 +228,18 @@ def _check(state_dict: Mapping[str, Any], path: str | Path, session: Session) ->
     check_ready(state_dict, str(path), Options.of(session.options))
 
 
-def _warn_unquantized(state_dict: Mapping[str, Any], path: str, config: Any) -> None:
-    neuron_config = config.neuron_config
-    if getattr(neuron_config, "quantized", False) or neuron_config.is_mlp_quantized():
-        return
-    count = sum(str(getattr(value, "dtype", "")) == "torch.float8_e4m3fn" for value in state_dict.values())
-    if count:
-        log.warning("%s: %d FP8 weights, but quantized=False: they would be used without their scales", path, count)
+def invoke_preshard_hook(original: Callable[..., Any], module: Any, checkpoint: Any, prefix: str = "") -> Any:
+    """NxD's ``trace.trace.invoke_preshard_hook``, which calls itself for the modules below."""
+    neuron_config = getattr(getattr(module, "config", None), "neuron_config", None)
+    if prefix or options_for(neuron_config) is None:
+        return original(module, checkpoint, prefix)
+    with explained(type(module).__name__):
+        return original(module, checkpoint, prefix)
+
+
+def load_module(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``DecoderModelInstance.load_module``, which swaps layers for quantized ones."""
+    if parse(getattr(self.neuron_config, FLAG, None)) is None:
+        return original(self, *args, **kwargs)
+    with explained(getattr(self.model_cls, "__name__", "the model")):
+        return original(self, *args, **kwargs)

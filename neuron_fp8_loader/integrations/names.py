@@ -109,6 +109,21 @@ def contradictions(plan: Plan, given: Iterable[str], dequantized: Collection[str
     return [m.name for m in fp8 if named(m)], missing
 
 
+def short_name(name: str) -> str:
+    """A name of the checkpoint without what stands before ``layers.N`` in it."""
+    return _PREFIX.sub("", name)
+
+
+def paths_of(module: str) -> tuple[str, ...]:
+    """The paths that a module of the checkpoint may have in NxD Inference."""
+    return _module(module).paths
+
+
+def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[str]:
+    """The modules of the decoder in a checkpoint that are not FP8, by their names there."""
+    return [module.name for module in _modules(plan, dequantized)[1]]
+
+
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
     weights = [*(pair.weight for pair in plan.pairs), *plan.fnuz, *plan.unscaled]
@@ -145,7 +160,10 @@ def _module(name: str) -> _Module:
     if expert:
         # w1, w3: gate and up; w2: down (Mixtral, MiniMax). NxD keeps all experts in one tensor a projection.
         proj = "down_proj" if expert["proj"] in ("down_proj", "w2") else "gate_up_proj"
-        entry = f"{renamed[: expert.start(1)]}expert_mlps.mlp_op.{proj}"
+        block = renamed[: expert.start(1)]
+        if block.endswith(".feed_forward."):  # Llama 4
+            block += "moe."
+        entry = f"{block}expert_mlps.mlp_op.{proj}"
         return _Module(name, entry, (short, entry))
     if renamed.endswith(".o_proj"):
         return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))

@@ -13,6 +13,8 @@ from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, listing
 from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import FLAG, acts, dequantized, parse
+from .keys import quantizes_itself
+from .modules import with_bias
 from .names import contradictions, modules_to_not_convert
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -50,13 +52,41 @@ def init_fused_spec(original: Callable[..., None], self: Any, *args: Any, **kwar
     if not settings.get("quantized") or settings.get("enable_fused_speculation"):
         return  # the latter: it is the target's own
     plan = find_plan(settings.get("quantized_checkpoints_path"))
-    if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, dequantized(plan, options)):
+    if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, _plain(plan, options)):
         settings[LIST] = None  # filled in for the target, or as good as
     _settle_list(settings, path, options, draft=True)
     if settings.get(LIST):
         setattr(neuron_config, LIST, settings[LIST])
     # the draft is read from draft_model_path whatever this says; a saved config must find its list to agree with it
     neuron_config.quantized_checkpoints_path = path
+
+
+def init_inference_config(original: Callable[..., None], self: Any, neuron_config: Any, *args: Any, **kw: Any) -> None:
+    """``InferenceConfig.__init__``: the first place where the model's class is known.
+
+    A class that makes its own quantized weights has a list of its own, and would not set it over one filled in.
+    """
+    if quantizes_itself(type(self)) and parse(getattr(neuron_config, FLAG, None)) is not None and acts():
+        neuron_config_list = getattr(neuron_config, LIST, None)
+        if neuron_config_list and neuron_config_list == _filled(neuron_config):
+            setattr(neuron_config, LIST, None)
+    original(self, neuron_config, *args, **kw)
+
+
+def _filled(neuron_config: Any) -> list[str] | None:
+    """The list that is filled in for a config; None where there is no checkpoint."""
+    try:
+        plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
+    except Fp8LoaderError:
+        return None
+    options = parse(getattr(neuron_config, FLAG, None)) or {}
+    return None if plan is None else modules_to_not_convert(plan, _plain(plan, options))
+
+
+def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:
+    """What the load turns into bfloat16 whatever the model is: what the options say, and qkv with a bias."""
+    biased = set(with_bias(plan))
+    return dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
 
 
 def set_environment() -> None:
@@ -106,7 +136,7 @@ def _settle_list(
     if not draft and not has_fp8(plan):
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", path, FLAG)
         return
-    out = dequantized(plan, options)
+    out = _plain(plan, options)
     given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)
@@ -115,12 +145,13 @@ def _settle_list(
             kwargs[LIST] = filled
         return
     listed, missing = contradictions(plan, given, out)
-    problems = [f"listed, but FP8 in the checkpoint: {name}" for name in listed]
-    problems += [f"not FP8 in the checkpoint, and not listed: {name}" for name in missing]
-    if problems:
+    if listed:
+        log.warning("%s names, so that they are loaded as bfloat16, %s", LIST, listing("FP8 module", listed, 5))
+    if missing:
+        problems = [f"not FP8 in the checkpoint, or not loaded so, and not listed: {name}" for name in missing]
         raise OptionError(
             f"{LIST} contradicts {path}, {listing('module', problems)}\n"
-            f"FP8 modules listed are loaded without their scales; of others NxD Inference looks for scales in vain. "
+            f"NxD Inference looks for their scales in vain. "
             f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
         )
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 import logging
 from types import ModuleType
 
-from .loading import READERS, checkpoint_loader_fn, get_state_dict, reader, save_quantized_state_dict
-from .neuron_config import init_fused_spec, init_neuron_config
+from .loading import (
+    READERS,
+    checkpoint_loader_fn,
+    get_state_dict,
+    invoke_preshard_hook,
+    load_module,
+    reader,
+    save_quantized_state_dict,
+)
+from .neuron_config import init_fused_spec, init_inference_config, init_neuron_config
 from .patches import Patches
 from .post_import import PostImport
 
@@ -30,6 +38,8 @@ def enable() -> None:
                 f"{_PACKAGE}.models.config": _patch_config,
                 f"{_PACKAGE}.modules.checkpoint": _patch_checkpoint,
                 f"{_PACKAGE}.models.application_base": _patch_application,
+                f"{_PACKAGE}.models.model_wrapper": _patch_wrapper,
+                "neuronx_distributed.trace.trace": _patch_trace,
             }
         )
         _hook.install()
@@ -47,6 +57,7 @@ def disable() -> None:
 def _patch_config(module: ModuleType) -> None:
     _wrap(module, "NeuronConfig.__init__", init_neuron_config)
     _wrap(module, "FusedSpecNeuronConfig.__init__", init_fused_spec)
+    _wrap(module, "InferenceConfig.__init__", init_inference_config)
 
 
 def _patch_checkpoint(module: ModuleType) -> None:
@@ -59,6 +70,14 @@ def _patch_application(module: ModuleType) -> None:
     _wrap(module, "NeuronApplicationBase.get_state_dict", get_state_dict)
     _wrap(module, "NeuronApplicationBase.checkpoint_loader_fn", checkpoint_loader_fn)
     _wrap(module, "NeuronApplicationBase.save_quantized_state_dict", save_quantized_state_dict)
+
+
+def _patch_wrapper(module: ModuleType) -> None:
+    _wrap(module, "DecoderModelInstance.load_module", load_module)
+
+
+def _patch_trace(module: ModuleType) -> None:
+    _wrap(module, "invoke_preshard_hook", invoke_preshard_hook)
 
 
 def _wrap(module: ModuleType, path: str, wrapper: object) -> None:

@@ -43,6 +43,8 @@ def test_the_load_announced_is_the_load_done() -> None:
     assert data["load"] == {
         "method": "half",
         "rescaled": len(report.rescaled),
+        "requantized": 0,
+        "dequantized": 0,
         "rounded_codes": report.rounded,
         "refusals": [],
     }
@@ -128,7 +130,7 @@ def test_scan_over_shards_of_any_cut(tmp_path: Path) -> None:
     path = sharded(tmp_path / "c", layer(0), layer(1, hot=False), layer(2))
     scan = scan_checkpoint(path, threads=2)
     assert [w.name.split(".")[2] for w in scan.worst()] == ["0", "2"]
-    assert len(scan.convert) == 2
+    assert len(scan.verdict.groups) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import neuron_fp8_loader
-from neuron_fp8_loader import OptionError
+from neuron_fp8_loader import OptionError, WeightError
 from neuron_fp8_loader.integrations.loading import READERS
 from tests.integrations.checkpoints import same_for_the_device
 from tests.support import ROOT, SHARED, TINY, ieee_e4m3
@@ -270,38 +270,78 @@ def test_inside_init_on_device_meta(tmp_path: Path) -> None:
     assert same_for_the_device(loaded, original, exact=True)
 
 
-def test_moe_experts(tmp_path: Path) -> None:
-    """The experts' weights are put together, transposed, by the conversion of the model."""
-    from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
-        NeuronQwen3MoeForCausalLM,
-        Qwen3MoeInferenceConfig,
-    )
-    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
-
+def moe(**flag: Any) -> tuple[Path, dict[str, Any]]:
     path = SHARED / "ct_fp8_dynamic_moe"
     if not path.is_dir():
         pytest.skip("no shared checkpoint ct_fp8_dynamic_moe")
-    neuron_config = Qwen3MoeInferenceConfig.get_neuron_config_cls()(
-        quantized=True,
-        quantized_checkpoints_path=str(path),
-        quantization_dtype="f8e4m3",
-        quantization_type="expert_wise_per_channel_symmetric",
-        torch_dtype="bfloat16",
-        fp8_rescale=True,
-    )
-    assert neuron_config.modules_to_not_convert == ["lm_head"]
-    config = Qwen3MoeInferenceConfig(neuron_config, load_config=load_pretrained_config(str(path)), num_experts=4)
-    loaded = NeuronQwen3MoeForCausalLM.get_state_dict(str(path), config)
-    assert finite(loaded)
-    experts = loaded["layers.0.mlp.expert_mlps.mlp_op.down_proj.weight"]
-    assert experts.shape[0] == 4
+    return path, {"fp8_rescale": flag or True, "config_kwargs": {"num_experts": 4}}
+
+
+def test_moe_experts_that_lose_their_scales_are_refused() -> None:
+    """The model's conversion puts the experts' weights together and leaves their scales behind."""
+    import families
+
+    path, given = moe()
+    with pytest.raises(WeightError) as error:
+        families.build("qwen3_moe", path, **given).checkpoint_loader_fn()
+    text = str(error.value)
+    assert "layers.0.mlp.expert_mlps.mlp_op.down_proj.weight" in text
+    assert "layers.1.mlp.experts.0.gate_proj.scale" in text
+    assert "'*.experts.*'" in text
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_moe_experts_as_the_error_says(tp: int) -> None:
+    import families
+
+    path, given = moe(dequantize=["*.experts.*"])
+    ranks = families.shards("qwen3_moe", path, tp, **given)
     original = load_file(path / "model.safetensors")
-    for e in range(4):
-        name = f"model.layers.0.mlp.experts.{e}.down_proj.weight"
-        codes = original[name].view(torch.uint8) & 0x7F
-        ready = neuron_fp8_loader.load_state_dict(path)[name]
-        assert int(codes.max()) > 0x77
-        assert torch.equal(experts[e].T.contiguous().view(torch.uint8), ready.view(torch.uint8))
+
+    def exact(name: str) -> torch.Tensor:
+        return (original[f"{name}.weight"].float() * original[f"{name}.weight_scale"].float()).bfloat16()
+
+    for layer in range(2):
+        place = f"layers.{layer}.mlp.expert_mlps.mlp_op"
+        gates = [r[f"{place}.gate_up_proj.weight"].chunk(2, 2) for r in ranks]
+        gate, up = (torch.cat([g[k] for g in gates], 2) for k in (0, 1))
+        down = torch.cat([r[f"{place}.down_proj.weight"] for r in ranks], 1)
+        for e in range(4):
+            for got, projection in ((gate, "gate_proj"), (up, "up_proj"), (down, "down_proj")):
+                assert torch.equal(got[e].T, exact(f"model.layers.{layer}.mlp.experts.{e}.{projection}"))
+        assert ranks[0][f"layers.{layer}.self_attn.o_proj.o_proj.weight"].dtype == FP8
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_layer_that_nxd_does_not_quantize_gets_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    """Its class decides, which no list and no name tells."""
+    from neuronx_distributed.parallel_layers.layers import RowParallelLinear
+    from neuronx_distributed_inference.models.llama import modeling_llama
+
+    class Plain(RowParallelLinear):  # type: ignore[misc]
+        """Not in NxD's table of quantized layers."""
+
+    monkeypatch.setattr(modeling_llama, "RowParallelLinear", Plain)
+    original = H.make_tiny_checkpoint(tmp_path / "m", flavour="block")
+    over: dict[str, Any] = {
+        "on_cpu": False,
+        "torch_dtype": "bfloat16",
+        "save_sharded_checkpoint": True,
+        "tp_degree": 2,
+    }
+    app = H.build_app(tmp_path / "m", **over, **ON)
+    if built:
+        ranks = H.shard_on_cpu(app, tmp_path / "out")
+        got = torch.cat([r["layers.0.mlp.down_proj.weight"] for r in ranks], 1)
+        assert ranks[0]["layers.0.mlp.gate_proj.weight"].dtype == FP8
+    else:
+        monkeypatch.setenv("NXD_CPU_MODE", "0")  # as where there is a device; else NxD wants real process groups
+        got = app.checkpoint_loader_fn()["layers.0.mlp.down_proj.weight"]
+    name = "model.layers.0.mlp.down_proj.weight"
+    scale = original[name + "_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(got, (original[name].float() * scale).bfloat16())
 
 
 def test_every_neuron_config_takes_the_flag() -> None:

@@ -245,9 +245,20 @@ def test_scales_of_a_model_that_does_without_quantized_layers_keep_name_and_shap
     enabled: Standin, tmp_path: Path
 ) -> None:
     path = write(tmp_path, scaled_as(state_dict(), "weight_scale_inv"))
-    loaded = app_for(enabled, path, quantized=False).checkpoint_loader_fn()
-    assert finite(loaded)
-    assert torch.equal(loaded["layers.0.mlp.down_proj.weight_scale_inv"], torch.full((1, 2), 0.02))
+    seen: dict[str, torch.Tensor] = {}
+
+    class App(enabled.application.NeuronApplicationBase):  # type: ignore[name-defined,misc]
+        """Dequantizes for itself."""
+
+        @staticmethod
+        def convert_hf_to_neuron_state_dict(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
+            seen.update(state_dict)
+            return {n: t.bfloat16() for n, t in state_dict.items() if not n.endswith("_scale_inv")}
+
+    app = app_for(enabled, path, quantized=False)
+    App(app.model_path, app.config).checkpoint_loader_fn()
+    assert finite(seen)
+    assert torch.equal(seen["layers.0.mlp.down_proj.weight_scale_inv"], torch.full((1, 2), 0.02))
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin"])
@@ -290,11 +301,39 @@ def test_a_flag_set_wrongly_after_construction(enabled: Standin, tmp_path: Path)
         app.checkpoint_loader_fn()
 
 
-def test_weights_without_quantized_are_remarked_on(
-    enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    app_for(enabled, write(tmp_path, state_dict()), quantized=False).checkpoint_loader_fn()
-    assert "quantized=False" in caplog.text
+def test_weights_without_quantized_are_an_error(enabled: Standin, tmp_path: Path) -> None:
+    with pytest.raises(WeightError, match="quantized=False, but 6 FP8 weights"):
+        app_for(enabled, write(tmp_path, state_dict()), quantized=False).checkpoint_loader_fn()
+
+
+def test_modules_listed_come_as_weight_times_scale(enabled: Standin, tmp_path: Path) -> None:
+    original = state_dict()
+    app = app_for(enabled, write(tmp_path, original), modules_to_not_convert=["lm_head", "layers.0.mlp"])
+    loaded = app.checkpoint_loader_fn()
+    for name, weight in original.items():
+        if "layers.0.mlp" in name and name.endswith(".weight"):
+            exact = e4m3fn(weight) * original[name + "_scale"].double().numpy()
+            got = loaded[name.removeprefix("model.")]
+            assert torch.equal(got, torch.from_numpy(exact.astype("float32")).bfloat16())
+            assert name.removeprefix("model.").replace("weight", "scale") not in loaded
+    assert loaded["layers.1.mlp.gate_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_scales_that_a_conversion_leaves_behind_are_an_error(enabled: Standin, tmp_path: Path) -> None:
+    class App(enabled.application.NeuronApplicationBase):  # type: ignore[name-defined,misc]
+        """Renames a weight, as Qwen3-MoE does with its experts, and not its scale."""
+
+        @staticmethod
+        def convert_hf_to_neuron_state_dict(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+            state_dict["layers.0.mlp.fused.weight"] = state_dict.pop("layers.0.mlp.gate_proj.weight")
+            return state_dict
+
+    app = app_for(enabled, write(tmp_path, state_dict()))
+    with pytest.raises(WeightError) as error:
+        App(app.model_path, app.config).checkpoint_loader_fn()
+    assert "layers.0.mlp.fused.weight" in str(error.value)
+    assert "layers.0.mlp.gate_proj.scale" in str(error.value)
+    assert "dequantize" in str(error.value)
 
 
 def test_a_failed_load_leaves_no_flag_behind(enabled: Standin, tmp_path: Path) -> None:

@@ -93,13 +93,15 @@ class TestModulesToNotConvert:
         config = enabled.config.NeuronConfig(**settings(path, modules_to_not_convert=given))
         assert config.modules_to_not_convert is given
 
-    def test_a_contradiction_lists_both_sides(self, enabled: Standin, tmp_path: Path) -> None:
+    def test_a_contradiction_lists_what_is_missing(
+        self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         path = write(tmp_path, state_dict(plain=("self_attn",)))
         with pytest.raises(OptionError) as error:
             enabled.config.NeuronConfig(**settings(path, modules_to_not_convert=["lm_head", "layers.0.mlp.gate_proj"]))
         text = str(error.value)
         assert path in text
-        assert "listed, but FP8 in the checkpoint: model.layers.0.mlp.gate_proj" in text
+        assert "loaded as bfloat16, 1 FP8 module:\n  - model.layers.0.mlp.gate_proj" in caplog.text
         assert "not listed: model.layers.0.self_attn.q_proj" in text
         assert "not listed: model.layers.1.self_attn.q_proj" in text
         assert "['layers.0.self_attn', 'layers.1.self_attn', 'lm_head']" in text  # what to write
@@ -193,8 +195,8 @@ class TestDraft:
     def test_a_list_of_its_own_that_contradicts_is_an_error(self, enabled: Standin, tmp_path: Path) -> None:
         target = enabled.config.NeuronConfig(**settings(write(tmp_path / "t", state_dict())))
         target.modules_to_not_convert = ["lm_head", "layers.0.mlp"]
-        draft = write(tmp_path / "d", state_dict())
-        with pytest.raises(OptionError, match="listed, but FP8") as error:
+        draft = write(tmp_path / "d", state_dict(plain=("self_attn",)))
+        with pytest.raises(OptionError, match=r"and not listed: model\.layers\.0\.self_attn") as error:
             self.fused(enabled, draft, target)
         assert draft in str(error.value)
 

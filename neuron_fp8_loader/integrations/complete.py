@@ -1,0 +1,85 @@
+"""After a model's conversion: has every FP8 weight its scale, and every scale its weight?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..conventions import module_of
+from ..errors import WeightError, listing
+from .check import is_weight
+from .names import short_name
+
+_ENDINGS = (".scale", ".weight_scale", ".weight_scale_inv", "_scale_inv")
+
+
+def scales_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """The scales of FP8 weights in a state dict, by names without the model's prefix, and their weights' modules."""
+    found = {}
+    for name, value in state_dict.items():
+        if is_weight(name, value, state_dict):
+            module = module_of(name)
+            found.update({short_name(module + e): module for e in _ENDINGS if module + e in state_dict})
+    return found
+
+
+def check_complete(
+    state_dict: Mapping[str, Any],
+    before: Mapping[str, str],
+    source: str,
+    *,
+    quantized: bool,
+    unscaled: Collection[str] = (),
+) -> None:
+    """Raise WeightError, naming all, for FP8 weights and scales that a model's conversion has torn apart.
+
+    Args:
+        state_dict: what the conversion returned.
+        before: what ``scales_of`` found in the dict that it was given.
+        source: the checkpoint, for the message.
+        quantized: does the model have quantized layers? If not, no FP8 weight may be left.
+        unscaled: modules, by their possible paths, whose weights never had a scale.
+    """
+    weights = [n for n, value in state_dict.items() if is_weight(n, value, state_dict)]
+    fp8 = {module_of(name) for name in weights}
+    if not quantized:
+        scaled = [n for n in weights if short_name(module_of(n)) not in unscaled]
+        if scaled:
+            raise WeightError(
+                f"{source}: quantized=False, but {listing('FP8 weight', scaled)}\n"
+                "Their codes would be used as values, without their scales. Set quantized=True with "
+                'quantization_dtype="f8e4m3" and quantized_checkpoints_path, or have all of them as bfloat16: '
+                'fp8_rescale={"dequantize": ["*"]}'
+            )
+        return
+    bare = [
+        name
+        for name in weights
+        if not any(module_of(name) + e in state_dict for e in _ENDINGS) and short_name(module_of(name)) not in unscaled
+    ]
+    left = []
+    for name in state_dict:
+        owner = before.get(short_name(name))
+        if owner is not None and not any(name.endswith(e) and name.removesuffix(e) in fp8 for e in _ENDINGS):
+            left.append(name)
+    if not bare and not left:
+        return
+    parts = []
+    if bare:
+        parts.append(listing("FP8 weight", bare) + "\n  without a scale")
+    if left:
+        parts.append(listing("scale", left) + "\n  left behind, without its FP8 weight")
+    modules = [before.get(short_name(n), "") for n in left] or [module_of(n) for n in bare]
+    raise WeightError(
+        f"{source}: the model's conversion keeps FP8 weights and their scales apart.\n" + "\n".join(parts) + "\n"
+        "The weights would be used without their scales. Have these modules as bfloat16: "
+        f'fp8_rescale={{"dequantize": {_families(modules)}}}, with modules_to_not_convert left out'
+    )
+
+
+def _families(modules: Collection[str]) -> list[str]:
+    """Shell patterns for these modules, whatever their layer and expert."""
+    found = dict.fromkeys("*" + re.sub(r"\.\d+(?=\.|$)", ".*", "." + short_name(m)) for m in modules)
+    experts = {"*.experts.*" if ".experts." in p else p for p in found}
+    return sorted(experts)[:8]

@@ -1,0 +1,60 @@
+"""NxD's obscure errors about scales, said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import Fp8LoaderError, OptionError
+
+_BFLOAT16 = 'fp8_rescale={{"dequantize": ["{0}"]}} with modules_to_not_convert left out has them as bfloat16'
+
+
+def explanation(error: BaseException) -> str | None:
+    """What to set against an error of NxD Inference about quantized layers; None for any other error."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        name = str(error.args[0]) if error.args else ""
+        if not name.endswith("scale"):
+            return None
+        if name.endswith("Wqkv.scale"):
+            return (
+                f"{name} is not there: with fused_qkv=True this model takes its attention as bfloat16 only, or its "
+                f"weights without their scales. {_BFLOAT16.format('*.self_attn.*')}; or set fused_qkv=False"
+            )
+        return f"{name} is not there: its layer is quantized, its weight is not. {_wrong_list()}"
+    if "Cannot find" in text and "scale" in text:
+        return f"{text}: its layer is quantized, and no scale came for it. {_wrong_list()}"
+    if isinstance(error, NotImplementedError) and not text:
+        return (
+            f"queries, keys and values with a bias cannot be quantized. {_BFLOAT16.format('*.self_attn.[qkv]_proj')}"
+        )
+    if isinstance(error, AssertionError):
+        return (
+            f"the layers of this quantization_type do not take these scales ({text or 'no text'}). "
+            "Layers with two-dimensional weights (attention, MLP) take "
+            'quantization_type="per_channel_symmetric"; "expert_wise_per_channel_symmetric" and '
+            f'"blockwise_symmetric" are for fused experts. Or {_BFLOAT16.format("*.self_attn.*")}'
+        )
+    return None
+
+
+def _wrong_list() -> str:
+    return (
+        "Leave modules_to_not_convert out to have it filled in from the checkpoint, or name this module there; "
+        f"for experts, {_BFLOAT16.format('*.experts.*')}"
+    )
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Raise OptionError in the place of NxD's errors that are known; others pass."""
+    try:
+        yield
+    except Fp8LoaderError:
+        raise
+    except (KeyError, RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        text = explanation(error)
+        if text is None:
+            raise
+        raise OptionError(f"{source}: {text}") from error

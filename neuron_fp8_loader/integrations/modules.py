@@ -1,0 +1,196 @@
+"""The modules of the model that NxD will fill: which of them are FP8, and which weight of a checkpoint goes where.
+
+A name in the checkpoint does not tell whether its layer is quantized: that hangs on the class of the module, which is
+seen in the built model alone (a quantized layer's ``weight`` is FP8 there, on the meta device).
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..codes.formats import E4M3FN
+from ..errors import OptionError, listing
+from ..plan import Plan
+from .names import checkpoint_modules, contradictions, paths_of
+
+log = logging.getLogger("neuron_fp8_loader")
+
+_LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks|transformer_blocks|single_transformer_blocks)\.\d+)\.")
+_QKV = re.compile(r"\.(self_attn|attn|attention)\.([qkv]_proj|qkv_proj|Wqkv)$")
+
+
+class Modules:
+    """The weights of a built model.
+
+    Attributes:
+        quantized: path of a module, from the model's root -> is its weight FP8?
+    """
+
+    def __init__(self, quantized: Mapping[str, bool]) -> None:
+        self.quantized = dict(quantized)
+        self._places: dict[tuple[str, str], list[str]] = {}
+        for path in self.quantized:
+            self._places.setdefault(_place(path), []).append(path)
+
+    def below(self, prefix: str) -> Modules:
+        """Those of a draft or a target, by paths of their own."""
+        head = prefix + "."
+        return Modules({p.removeprefix(head): q for p, q in self.quantized.items() if p.startswith(head)})
+
+    def find(self, module: str) -> str | None:
+        """The module that takes the weight of a module of the checkpoint; None where that is not known.
+
+        NxD puts blocks in between (``self_attn.qkv_proj.q_proj``, ``feed_forward.moe.expert_mlps``), so the path may
+        have more parts than the name, in the same order.
+        """
+        for name in paths_of(module):
+            if name in self.quantized:
+                return name
+            found = [p for p in self._places.get(_place(name), ()) if _is_within(name.split("."), p.split("."))]
+            if found:
+                return min(found, key=len)
+        return None
+
+
+def _place(path: str) -> tuple[str, str]:
+    layer = _LAYER.search(path)
+    return layer[1] if layer else "", path.rpartition(".")[2]
+
+
+def _is_within(parts: list[str], path: list[str]) -> bool:
+    rest = iter(path)
+    return all(part in rest for part in parts)
+
+
+def modules_of(app: Any) -> Modules | None:
+    """The modules of an application's model: of the one that its builder has made, else of one made for this.
+
+    Returns:
+        None where there is no model to look at; the log says why.
+    """
+    try:
+        models = _built(app) or [_build(app)]
+    except Exception as error:  # whatever a model's constructor does; the names of the checkpoint have to do
+        log.info("the model could not be built, so modules are known by their names: %s", error)
+        return None
+    return Modules({
+        name.removesuffix(".weight"): parameter.dtype == E4M3FN
+        for model in models
+        for name, parameter in model.named_parameters()
+        if name.endswith(".weight") and parameter.dim() > 1
+    })  # fmt: skip
+
+
+def _built(app: Any) -> list[torch.nn.Module]:
+    collection = getattr(getattr(app, "_builder", None), "model_collection", None) or {}
+    found = (getattr(container.model_instance, "module", None) for container in collection.values())
+    return [module for module in found if isinstance(module, torch.nn.Module)]
+
+
+def _build(app: Any) -> torch.nn.Module:
+    instance = app.models[0].get_model_instance()
+    on_device: Any = getattr(sys.modules["neuronx_distributed.utils.model_utils"], "init_on_device")  # noqa: B009
+    with _parallel(app.neuron_config), on_device(torch.device("meta"), force_custom_init_on_device=True):
+        instance.load_module()
+    module: torch.nn.Module = instance.module
+    return module
+
+
+@contextmanager
+def _parallel(neuron_config: Any) -> Iterator[None]:
+    """NxD's parallel state, as ModelBuilder sets it up to shard a checkpoint, unless there is one."""
+    state: Any = sys.modules["neuronx_distributed.parallel_layers.parallel_state"]
+    if state.model_parallel_is_initialized():
+        yield
+        return
+    mock: Callable[..., Any] = sys.modules["neuronx_distributed.trace.mock_torchdist"].mock_distributed
+    with mock(world_size=neuron_config.world_size):
+        torch.distributed.init_process_group(backend="xla", rank=0, world_size=neuron_config.world_size)
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=neuron_config.tp_degree,
+            pipeline_model_parallel_size=neuron_config.pp_degree,
+            expert_model_parallel_size=neuron_config.ep_degree,
+            skip_collective_init=True,
+            lnc_size=neuron_config.logical_nc_config,
+        )
+        try:
+            yield
+        finally:
+            state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+# -- what that means for a checkpoint --------------------------------------------------------------------------
+
+
+def with_bias(plan: Plan) -> list[str]:
+    """FP8 projections of queries, keys and values that have a bias: NxD Inference cannot load them quantized."""
+    names = (pair.module for pair in plan.pairs)
+    return [name for name in names if _QKV.search(name) and f"{name}.bias" in plan.tensors]
+
+
+def not_quantized(plan: Plan, entries: Collection[str], modules: Modules | None) -> list[str]:
+    """The FP8 modules of a checkpoint whose layers NxD does not quantize, so that they must become bfloat16.
+
+    Args:
+        plan: of the checkpoint.
+        entries: ``modules_to_not_convert``, which answers for modules not found in the model.
+        modules: of the model, or None.
+    """
+    listed = set(contradictions(plan, entries)[0]) | set(with_bias(plan))
+    found = []
+    for pair in plan.pairs:
+        name = pair.module
+        path = modules.find(name) if modules else None
+        if name in listed if path is None or modules is None else not modules.quantized[path]:
+            found.append(name)
+    return found
+
+
+def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules) -> None:
+    """Raise OptionError where a weight that is not FP8 goes to a quantized layer: an entry of the list is missing.
+
+    Args:
+        plan: of the checkpoint.
+        dequantized: names of FP8 weights that the load turns into bfloat16.
+        modules: of the model.
+    """
+    wrong: dict[str, str] = {}
+    for name in checkpoint_modules(plan, dequantized):
+        path = modules.find(name)
+        if path is not None and modules.quantized[path]:
+            wrong.setdefault(path, name)
+    if wrong:
+        found = [f"{path}, for {name}" for path, name in wrong.items()]
+        raise OptionError(
+            f"{plan.source}: not FP8, or not any more, but NxD would quantize {listing('module', found)}\n"
+            "No entry of modules_to_not_convert is part of these paths. Set it to a list with an entry for each, at "
+            f"compilation as at loading, such as {sorted(wrong)[:3]}"
+        )
+
+
+def patterns(plan: Plan, chosen: Iterable[str]) -> list[str]:
+    """Patterns that match these modules and no other FP8 module, few where whole families are chosen."""
+    wanted = set(chosen)
+    families: dict[str, list[str]] = {}
+    for pair in plan.pairs:
+        families.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", pair.module), []).append(pair.module)
+    found = []
+    for family, members in families.items():
+        inside = [name for name in members if name in wanted]
+        whole = len(inside) == len(members) > 1 and glob.escape(family.replace("*", "")) == family.replace("*", "")
+        # a * also stands for more parts of a name than one
+        others = re.compile(re.escape(family).replace(r"\*", ".*"))
+        if whole and not any(others.fullmatch(m[0]) for f, m in families.items() if f != family):
+            found.append(family)
+        else:
+            found += map(glob.escape, inside)
+    return found
