@@ -17,11 +17,32 @@ import click
 from rich.table import Table
 
 from neuron_fp8_loader.checkpoint import open_checkpoint
-from neuron_fp8_loader.plan import plan_for
+from neuron_fp8_loader.integrations.keys import nxd_names, renamed
+from neuron_fp8_loader.integrations.names import modules_to_not_convert
+from neuron_fp8_loader.options import What
+from neuron_fp8_loader.plan import plan_for, recipe_for
 
 from .common import RESULTS, console, machine, machine_line, write
 
-PHASES = ("open: index and headers", "plan: pairs and cross-checks", "summary")
+PHASES = (
+    "open: index and headers",
+    "plan: pairs and cross-checks",
+    "recipe: scales by rows",
+    "names for NxD's layers",
+    "summary",
+)
+HIDDEN, MLP = 7168, 2048
+SHAPES = {
+    "q_a_proj": (1536, HIDDEN),
+    "q_b_proj": (24576, 1536),
+    "kv_a_proj_with_mqa": (576, HIDDEN),
+    "kv_b_proj": (32768, 512),
+    "o_proj": (HIDDEN, 16384),
+    "gate_proj": (MLP, HIDDEN),
+    "up_proj": (MLP, HIDDEN),
+    "down_proj": (HIDDEN, MLP),
+}
+"""Of DeepSeek-V3, whose config.json gives them."""
 _BYTES = {"F8_E4M3": 1, "F32": 4, "BF16": 2}
 
 
@@ -29,17 +50,18 @@ def names(count: int, model: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of ``count`` tensors, called as in DeepSeek-V3: 256 experts a layer, block scales."""
 
     def pair(module: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        yield f"{module}.weight", "F8_E4M3", (16, 16)
-        yield f"{module}.weight_scale_inv", "F32", (1, 1)
+        rows, columns = SHAPES[module.rpartition(".")[2]]
+        yield f"{module}.weight", "F8_E4M3", (rows, columns)
+        yield f"{module}.weight_scale_inv", "F32", (-(-rows // 128), -(-columns // 128))
 
     def endless() -> Iterator[tuple[str, str, tuple[int, ...]]]:
         layer = 0
         while True:
             root = f"{model}.layers.{layer}"
-            yield f"{root}.input_layernorm.weight", "BF16", (16,)
+            yield f"{root}.input_layernorm.weight", "BF16", (HIDDEN,)
             for part in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
                 yield from pair(f"{root}.self_attn.{part}")
-            yield f"{root}.mlp.gate.weight", "BF16", (256, 16)
+            yield f"{root}.mlp.gate.weight", "BF16", (256, HIDDEN)
             yield f"{root}.mlp.gate.e_score_correction_bias", "F32", (256,)
             for expert in range(256):
                 for part in ("gate_proj", "up_proj", "down_proj"):
@@ -87,9 +109,19 @@ def run(directory: Path, tensors: int, pairs: int) -> list[float]:
     marks.append(time.perf_counter())
     plan = plan_for(checkpoint)
     marks.append(time.perf_counter())
+    recipe = recipe_for(checkpoint, What(layout="per_channel"))
+    marks.append(time.perf_counter())
+    named = renamed(dict.fromkeys(plan.tensors), nxd_names(plan), plan.source)
+    listed = modules_to_not_convert(plan)
+    marks.append(time.perf_counter())
     plan.summary()
     marks.append(time.perf_counter())
     wrong = [p for p in plan.pairs if p.scale != p.weight + "_scale_inv"]
+    wrong += [
+        p for p in plan.pairs if recipe.steps[p.weight].action != "requantize" or f"{p.module}.scale" not in named
+    ]
+    if listed:
+        raise click.ClickException(f"the names are wrong: {listed} should not be listed")
     spare = len(plan.unscaled) + len(plan.activation_scales) + len(plan.warnings)
     if len(plan.tensors) != tensors or len(plan.pairs) != pairs or wrong or spare > 1:
         raise click.ClickException(f"the plan is wrong: {len(plan.pairs)} pairs for {pairs}, {len(wrong)} mismatched")
@@ -105,7 +137,7 @@ def run(directory: Path, tensors: int, pairs: int) -> list[float]:
 def main(tensors: int, shards: int, repeats: int, out: Path) -> None:
     """Make a checkpoint index like DeepSeek's on the fly, plan it from index and headers, and say what took how long.
 
-    No weight data is read, so the tensors are small and empty; every plan is checked. Files are in the page cache.
+    No weight data is read, so the files have holes for it; every plan is checked. Files are in the page cache.
     """
     with tempfile.TemporaryDirectory() as temporary:
         runs = []
