@@ -51,7 +51,7 @@ def test_plan(row: Row, tmp_path: Path) -> None:
     assert {a.name for a in plan.activation_scales} == {*row.activations, *row.reciprocal}
     assert {a.name for a in plan.activation_scales if a.reciprocal} == set(row.reciprocal)
     assert set(plan.unquantized) == set(row.unquantized)
-    assert (plan.unscaled, plan.fnuz) == ((), ())
+    assert (plan.unscaled, plan.other_formats) == ((), ())
     others = {name for name, text in row.tensors.items() if parse(text)[0] == "float8_e4m3fn"} - set(row.pairs)
     assert set(plan.untouched_fp8) == others
     assert (plan.declared.method, plan.declared.block) == (row.declared, row.block)

@@ -118,7 +118,7 @@ def test_mixed_precision_is_decided_tensor_by_tensor():
 
 def test_fnuz_weights_are_apart():
     plan = plan_of({"a.weight": (torch.float8_e4m3fnuz, (4, 8)), "a.weight_scale": (torch.float32, ())})
-    assert plan.fnuz == ("a.weight",)
+    assert plan.other_formats == ("a.weight",)
     assert plan.pairs == ()
 
 

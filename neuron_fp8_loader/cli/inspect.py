@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..codes.formats import OTHER_FORMATS
 from ..host.units import size
 from ..options import Options
 from ..plan import Pair, Plan, recipe_for
@@ -105,7 +106,7 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
             for (name, granularity, dtype), count in _kinds(plan).items()
         ],
         "unscaled": list(plan.unscaled),
-        "fnuz": list(plan.fnuz),
+        "fnuz": list(plan.other_formats),
         "activation_scales": [a.name for a in plan.activation_scales],
         "untouched_fp8": list(plan.untouched_fp8),
         "unquantized": list(plan.unquantized),
@@ -189,13 +190,13 @@ def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Sc
         lines.append(("pairs", f"{count} FP8 weights with {name}, {dtype} per {granularity}"))
     for names, what in (
         (plan.unscaled, "FP8 weights without a scale"),
-        (plan.fnuz, "float8_e4m3fnuz weights, converted by a table of their own"),
+        (plan.other_formats, f"weights of {' and '.join(OTHER_FORMATS)}, converted by a table of their own"),
         (plan.untouched_fp8, "e4m3fn tensors that are no weights, left alone"),
         (plan.activation_scales, "static activation and KV scales"),
     ):
         if names:
             lines.append(("also", f"{len(names)} {what}"))
-    if not (plan.pairs or plan.unscaled or plan.fnuz):
+    if not plan.fp8_weights:
         lines.append(("pairs", "no FP8 weights: nothing for the loader to do"))
     if plan.unquantized:
         lines.append(("unquantized", _some(list(plan.unquantized))))

@@ -9,6 +9,7 @@ the Neuron SDK's data type page and ``README_rescaling_fp8_for_neuron.md`` in ne
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -59,6 +60,19 @@ class Table:
     symmetric: bytes = field(repr=False)
     source: torch.dtype = E4M3FN
 
+    @cached_property
+    def above(self) -> bytes:
+        """256 flags: is the value before a number beyond +-240?"""
+        return bytes((self._before().abs() > NEURON_MAX).tolist())
+
+    @cached_property
+    def nan(self) -> bytes:
+        """256 flags: is the value before NaN?"""
+        return bytes(self._before().isnan().tolist())
+
+    def _before(self) -> torch.Tensor:
+        return _all_bytes().view(self.source).double()
+
 
 def _table(name: str, factor: float, source: torch.dtype, translated: torch.Tensor) -> Table:
     out = translated.view(torch.uint8)
@@ -93,6 +107,8 @@ def _fnuz() -> Table:
 
 HALF, RATIO, FNUZ = _half(), _ratio(), _fnuz()
 METHODS: dict[str, Table] = {table.name: table for table in (HALF, RATIO)}
+OTHER_FORMATS: dict[str, Table] = {"float8_e4m3fnuz": FNUZ}
+"""FP8 dtypes of weights that are not e4m3fn, and the table that brings each into FP8_EXP4."""
 
 
 def neuron_view(weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import OptionError
-from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, Table
+from .formats import Table
 
 try:
     from . import _kernel
@@ -109,15 +109,13 @@ def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) 
 def summarize(histogram: torch.Tensor, table: Table) -> Counts:
     """The counts that ``translate`` gives; ``histogram``, int64 [256], says how often each byte occurs."""
     seen = histogram.tolist()
-    if table.source == E4M3FN:
-        is_nan = [byte & 0x7F == NAN_CODE for byte in range(256)]
-        is_above = [LARGEST_FIT < byte & 0x7F < NAN_CODE for byte in range(256)]
-    else:  # fnuz: its nan is 0x80, its largest value 240
-        is_nan = [byte == 0x80 for byte in range(256)]
-        is_above = [False] * 256
+
+    def of(flags: bytes) -> int:
+        return sum(n for n, yes in zip(seen, flags, strict=True) if yes)
+
     return Counts(
         max=max((byte & 0x7F for byte in range(256) if seen[byte]), default=0),
-        above=sum(n for n, yes in zip(seen, is_above, strict=True) if yes),
-        lossy=sum(n for n, yes in zip(seen, table.lossy, strict=True) if yes),
-        nan=sum(n for n, yes in zip(seen, is_nan, strict=True) if yes),
+        above=of(table.above),
+        lossy=of(table.lossy),
+        nan=of(table.nan),
     )

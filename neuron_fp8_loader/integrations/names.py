@@ -126,7 +126,7 @@ def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[st
 
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
-    weights = [*(pair.weight for pair in plan.pairs), *plan.fnuz, *plan.unscaled]
+    weights = [*(pair.weight for pair in plan.pairs), *plan.other_formats, *plan.unscaled]
     fp8 = [module_of(name) for name in weights if name not in dequantized]
     plain = [*plan.unquantized, *(module_of(name) for name in weights if name in dequantized)]
     plain += [

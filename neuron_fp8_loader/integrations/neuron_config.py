@@ -161,7 +161,7 @@ def _settle_list(
 
 def has_fp8(plan: Plan) -> bool:
     """Are there FP8 weights?"""
-    return bool(plan.pairs or plan.unscaled or plan.fnuz)
+    return bool(plan.fp8_weights)
 
 
 def find_plan(path: Any) -> Plan | None:

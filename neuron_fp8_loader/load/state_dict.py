@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint import describe
-from ..codes.formats import E4M3FN, E4M3FNUZ, Table
+from ..codes.formats import E4M3FN, OTHER_FORMATS, Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import rescaled
 from ..errors import OptionError, WeightError, listing
@@ -111,7 +111,7 @@ def _holds_fp8(tensor: torch.Tensor) -> bool:
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
         return any(isinstance(part, torch.Tensor) and _holds_fp8(part) for part in inner)
-    return tensor.dtype in (E4M3FN, E4M3FNUZ)
+    return tensor.dtype == E4M3FN or str(tensor.dtype).removeprefix("torch.") in OTHER_FORMATS
 
 
 def _count(recipe: Recipe, tensors: Tensors, threads: int) -> dict[str, Counts]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from .. import conventions
 from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..checkpoint.declared import Declared, read_declared
+from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity, granularity
 from ..errors import PlanError
 from ..host.cache import cached
@@ -17,7 +18,6 @@ from .plan import ActivationScale, Pair, Plan
 from .recipe import Recipe, make_recipe
 
 FP8 = "float8_e4m3fn"
-FNUZ = "float8_e4m3fnuz"
 E8M0 = "float8_e8m0fnu"
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float64", E8M0, "uint8")
 """dtypes that a scale may have; uint8 beside an e4m3fn weight is e8m0 (MXFP8)."""
@@ -76,15 +76,15 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     problems: list[str] = []
     pairs: list[Pair] = []
     unscaled: list[str] = []
-    fnuz: list[str] = []
+    other_formats: list[str] = []
     untouched: list[str] = []
     for name, info in tensors.items():
-        if info.dtype not in (FP8, FNUZ):
+        if info.dtype != FP8 and info.dtype not in OTHER_FORMATS:
             continue
         if conventions.is_marker(name, info.shape) or _is_packed_scale(name, tensors):
             untouched.append(name)
-        elif info.dtype == FNUZ:
-            fnuz.append(name)
+        elif info.dtype in OTHER_FORMATS:
+            other_formats.append(name)
         else:
             found = conventions.candidates(name, tensors)
             if not found:
@@ -105,13 +105,13 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
     if problems:
         raise PlanError(source, problems)
-    weights = {pair.weight for pair in pairs} | set(fnuz) | set(unscaled)
+    weights = {pair.weight for pair in pairs} | set(other_formats) | set(unscaled)
     return Plan(
         source=source,
         tensors=tensors,
         pairs=tuple(pairs),
         unscaled=tuple(unscaled),
-        fnuz=tuple(fnuz),
+        other_formats=tuple(other_formats),
         activation_scales=tuple(_activation_scales(tensors, pairs)),
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint import TensorInfo
 from ..checkpoint.declared import Declared
+from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity
 from ..host.units import size
 
@@ -52,7 +53,8 @@ class Plan:
         tensors: every tensor's header, in the checkpoint's order.
         pairs: the e4m3fn weights with their scales.
         unscaled: e4m3fn weights without a scale.
-        fnuz: float8_e4m3fnuz weights, which have a table of their own and need no change of scale.
+        other_formats: weights of another FP8 dtype (``codes.formats.OTHER_FORMATS``), which have a table of their own
+            and need no change of scale.
         activation_scales: what ``activation_scales="rescale"`` would multiply.
         untouched_fp8: FP8 tensors that are no weights: scales of NVFP4 weights, markers.
         unquantized: modules whose weight is bf16, fp16 or fp32 and at least two-dimensional.
@@ -64,7 +66,7 @@ class Plan:
     tensors: Mapping[str, TensorInfo]
     pairs: tuple[Pair, ...] = ()
     unscaled: tuple[str, ...] = ()
-    fnuz: tuple[str, ...] = ()
+    other_formats: tuple[str, ...] = ()
     activation_scales: tuple[ActivationScale, ...] = ()
     untouched_fp8: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()
@@ -87,7 +89,7 @@ class Plan:
     @cached_property
     def fp8_weights(self) -> frozenset[str]:
         """Every tensor that is an FP8 weight, with a scale or without."""
-        return frozenset((*(pair.weight for pair in self.pairs), *self.unscaled, *self.fnuz))
+        return frozenset((*(pair.weight for pair in self.pairs), *self.unscaled, *self.other_formats))
 
     @cached_property
     def scale_of(self) -> dict[str, str]:
@@ -120,7 +122,7 @@ class Plan:
         lines += [f"{count} FP8 weights: {kind}" for kind, count in sorted(kinds.items(), key=lambda k: -k[1])]
         for names, what in (
             (self.unscaled, "FP8 weights without a scale"),
-            (self.fnuz, "float8_e4m3fnuz weights"),
+            (self.other_formats, f"weights of {' and '.join(OTHER_FORMATS)}"),
             (self.activation_scales, "static activation and KV scales"),
             (self.untouched_fp8, "FP8 tensors that are no weights, left alone"),
             (self.unquantized, "modules left unquantized"),
@@ -150,7 +152,7 @@ class Plan:
                 for p in self.pairs
             ],
             "unscaled": list(self.unscaled),
-            "fnuz": list(self.fnuz),
+            "fnuz": list(self.other_formats),
             "activation_scales": [a.name for a in self.activation_scales],
             "untouched_fp8": list(self.untouched_fp8),
             "unquantized": list(self.unquantized),

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from ..codes.formats import FNUZ, HALF, Table
+from ..codes.formats import HALF, OTHER_FORMATS, Table
 from ..conventions import module_of
 from ..errors import PlanError
 from ..options import What
@@ -233,23 +233,24 @@ class _Maker:
 
     def _without_scale(self) -> None:
         """Weights without a scale: those of another format, whose scale stays as it is, and those that have none."""
-        for name in self.plan.fnuz:
+        for name in self.plan.other_formats:
+            dtype = self.plan.tensors[name].dtype
             if self.what.layout != "keep":
                 self.problems.append(
-                    f'{name}: is float8_e4m3fnuz, whose scales are not laid out; layout="keep", and shape them '
-                    "yourself"
+                    f'{name}: is {dtype}, whose scales are not laid out; layout="keep", and shape them yourself'
                 )
-            self._step(name, "weight", "translate", dtype="float8_e4m3fn", table=FNUZ)
+            self._step(name, "weight", "translate", dtype="float8_e4m3fn", table=OTHER_FORMATS[dtype])
         for name in self.plan.unscaled:
             dequantize = self.what.unscaled == "dequantize"
-            dtype = "bfloat16" if dequantize else None
-            self._step(name, "weight", "dequantize" if dequantize else "keep", dtype=dtype, table=HALF)
+            action: Action = "dequantize" if dequantize else "keep"
+            self._step(name, "weight", action, dtype="bfloat16" if dequantize else None, table=HALF)
 
     def _no_match(self, pattern: str) -> str:
-        others = [n for n in (*self.plan.unscaled, *self.plan.fnuz) if fnmatchcase(module_of(n), pattern)]
+        others = [n for n in (*self.plan.unscaled, *self.plan.other_formats) if fnmatchcase(module_of(n), pattern)]
         if not others:
             return "matches no FP8 module"
-        return f'matches only FP8 weights without a scale (unscaled="dequantize") or float8_e4m3fnuz: {others[0]}'
+        first = f"{others[0]} ({self.plan.tensors[others[0]].dtype})"
+        return f'matches only FP8 weights without a scale (unscaled="dequantize") or of another format: {first}'
 
     def _step(
         self,

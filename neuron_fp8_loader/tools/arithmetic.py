@@ -25,7 +25,9 @@ TILE = 1 << 18
 _ALL = np.arange(256, dtype=np.uint8)
 GPU: Floats = _ALL.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 """float64 [256]: each byte as OCP e4m3fn."""
-GPU_FNUZ: Floats = _ALL.view(ml_dtypes.float8_e4m3fnuz).astype(np.float64)
+OTHER_FORMATS: dict[torch.dtype, Floats] = {
+    torch.float8_e4m3fnuz: _ALL.view(ml_dtypes.float8_e4m3fnuz).astype(np.float64)
+}
 """float64 [256]: each byte as AMD's e4m3fnuz."""
 NEURON: Floats = _ALL.view(ml_dtypes.float8_e4m3).astype(np.float64)
 """float64 [256]: each byte as IEEE e4m3, the way trn1, inf2 and trn2 read it."""

@@ -16,10 +16,10 @@ from ..errors import WeightError
 from ..host.parallel import run
 from .arithmetic import (
     GPU,
-    GPU_FNUZ,
     HALF_STEP,
     HALF_STEP_DOWN,
     NEURON,
+    OTHER_FORMATS,
     Bytes,
     Floats,
     Tile,
@@ -120,7 +120,7 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
     if old.weight.shape != new.weight.shape:
         raise WeightError(f"{name}: is {list(new.weight.shape)}, was {list(old.weight.shape)}")
     check = WeightCheck(name, old.weight.numel(), factor=_factor(old, new))
-    before = GPU_FNUZ if old.weight.dtype == torch.float8_e4m3fnuz else GPU
+    before = OTHER_FORMATS.get(old.weight.dtype, GPU)
     old_codes, jobs = as_bytes(old.weight), _jobs(name, old, new, check.factor)
     new_codes = as_bytes(new.weight) if new.is_fp8 else None
     allowed = expected_for(check.factor) if old.is_fp8 and new.is_fp8 and new.scale is not None else None

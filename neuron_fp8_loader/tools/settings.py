@@ -63,7 +63,7 @@ def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, 
     checkpoint = open_checkpoint(path)
     plan = plan_for(checkpoint)
     directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
-    fp8 = bool(plan.pairs or plan.fnuz or plan.unscaled)
+    fp8 = bool(plan.fp8_weights)
     quantization_type, layout = nxd_layout(plan)
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
     if fp8:
@@ -128,7 +128,7 @@ def _notes(plan: Plan) -> list[str]:
             f"{len(plan.unscaled)} FP8 weights have no scale; if they do not fit, the load stops, unless fp8_rescale="
             '{"unscaled": "dequantize"} makes them bf16'
         )
-    if not (plan.pairs or plan.fnuz or plan.unscaled):
+    if not plan.fp8_weights:
         notes.append("no float8_e4m3fn weights: nothing to rescale, and the flag is not needed")
     return notes
 

@@ -306,7 +306,7 @@ class _Comparison:
     def run(self, advance: Any) -> None:
         old, new = self.old_plan.tensors, self.new_plan.tensors
         weights = {p.weight: p.scale for p in self.old_plan.pairs}
-        weights |= dict.fromkeys((*self.old_plan.unscaled, *self.old_plan.fnuz), "")
+        weights |= dict.fromkeys((*self.old_plan.unscaled, *self.old_plan.other_formats), "")
         activations = {a.name for a in self.old_plan.activation_scales}
         accounted = set(weights.values()) | {self.new_plan.scale_of.get(name, "") for name in weights}
         factors: list[float] = []
