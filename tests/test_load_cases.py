@@ -230,3 +230,12 @@ def test_loads_inside_a_default_device(tmp_path):
         for name, tensor in inside.items():
             assert tensor.device.type == "cpu"
             assert same_bytes(tensor, expected[name])
+
+
+@pytest.mark.parametrize("top", [0x77, 0x7E])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_activation_scale_that_is_not_finite(tmp_path, bad, top):
+    """It would be refused if a weight were converted, and is when none is."""
+    tensors = {"a.weight": random_codes((4, 4), top=top), "a.weight_scale": ONE, "a.input_scale": torch.tensor([bad])}
+    with pytest.raises(ScaleError, match=r"a\.input_scale: 1 of 1 scale values are not finite"):
+        load(tmp_path, tensors)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support import ROOT
 
 from neuron_fp8_loader import OptionError, Plan, PlanError, conventions, load_checkpoint, plan_checkpoint
+from neuron_fp8_loader.integrations.keys import nxd_names
 
 MINE = conventions.Convention("mine", "{}.w_fp8", "{}.w_mult", "our trainer")
 
@@ -151,3 +152,22 @@ def test_the_registry_prints() -> None:
 def test_the_documentation_is_in_step() -> None:
     page = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
     assert conventions.table() in page, "paste the output of `python -m neuron_fp8_loader.conventions` into the page"
+
+
+def test_a_convention_of_ones_own_is_laid_out_dequantized_and_named(tmp_path: Path, mine: None) -> None:
+    """Options and names go by the module that the rule tells, whatever the ending of the weight's name."""
+    before = some(m__0__w_fp8="fp8 8 8", m__0__w_mult="f32 8", m__1__w_fp8="fp8 8 8", m__1__w_mult="f32 8")
+    save_file(before, tmp_path / "model.safetensors")
+    after = load_checkpoint(tmp_path, layout="per_channel", dequantize=["m.1"]).state_dict
+    assert after["m.0.w_fp8"].dtype == torch.float8_e4m3fn
+    assert after["m.0.w_mult"].shape == (8, 1)
+    assert "m.1.w_mult" not in after
+    exact = before["m.1.w_fp8"].double() * before["m.1.w_mult"].double()[:, None]
+    assert torch.equal(after["m.1.w_fp8"], exact.float().bfloat16())
+    names = {
+        "m.0.w_fp8": "m.0.weight",
+        "m.0.w_mult": "m.0.scale",
+        "m.1.w_fp8": "m.1.weight",
+        "m.1.w_mult": "m.1.scale",
+    }
+    assert nxd_names(plan_checkpoint(tmp_path)) == names

@@ -7,6 +7,7 @@ import torch
 from support import random_codes, same_bytes, save, save_shards
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict
+from neuron_fp8_loader.checkpoint.source import SafetensorsSource
 
 ONE = torch.ones(1)
 
@@ -93,3 +94,24 @@ def test_a_shard_written_anew_is_read_anew(tmp_path):
         for _ in range(2):
             assert load_file(files[1])[f"{name}.weight_scale"].item() == (i + 1) * (1 if i == 2 else 2)
             assert list(load_file(files[0])) == [f"{name}.weight"]
+
+
+def test_whether_anything_overflows_is_looked_for_once(tmp_path, monkeypatch):
+    """A checkpoint that fits, a shard at a time: each activation scale hangs on all weights, which are read once."""
+    shards = [
+        {
+            f"{n}.weight": random_codes((64, 64), n, top=0x77),
+            f"{n}.weight_scale": ONE.clone(),
+            f"{n}.input_scale": ONE.clone(),
+        }
+        for n in range(8)
+    ]
+    files, looks = save_shards(tmp_path, *shards), []
+    plain = SafetensorsSource.find_overflow
+    monkeypatch.setattr(SafetensorsSource, "find_overflow", lambda *a, **k: looks.append(a) or plain(*a, **k))
+    for n, file in enumerate(files):
+        assert load_file(file)[f"{n}.input_scale"].item() == 1
+    assert len(looks) == 1
+    shards[3]["3.weight"].view(torch.uint8)[0, 0] = 0x7E  # other files: another fact
+    files = save_shards(tmp_path, *shards)
+    assert load_file(files[0])["0.input_scale"].item() == 2

@@ -225,3 +225,32 @@ def test_compare_by_hand() -> None:
 
 def test_broken_input(tmp_path: Path) -> None:
     assert "no such file" in one_line(run("verify", TINY, "--against", tmp_path / "nothing"))
+
+
+def test_a_copy_of_fused_experts_with_scales_across_the_rows(tmp_path: Path) -> None:
+    """FBGEMM's Llama 4: [experts, in, out] with one scale an output column, which shapes alone do not tell."""
+    shape, scales = (2, 64, 128), (2, 1, 128)
+    name = "language_model.model.layers.0.feed_forward.experts.gate_up_proj"
+    weight = torch.randint(0, 0x7F, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    before = single(tmp_path / "a", {name: weight, f"{name}_scale": torch.rand(scales) + 0.1})
+    assert run("export", before, tmp_path / "b").exit_code == 0
+    assert run_json("verify", tmp_path / "b", "--against", before, code=0)["changed"] > 0
+
+
+@pytest.mark.parametrize("method", ["half", "ratio"])
+def test_one_code_a_step_off_is_found(tmp_path: Path, original: Path, method: str) -> None:
+    """Where the factor is known, the exact bytes are: a step is no rounding."""
+    tensors = load_file(original / "model.safetensors")
+    name = next(n for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn)
+    copy = tmp_path / "copy"
+    assert run("export", original, copy, "--method", method).exit_code == 0
+    assert run("verify", copy, "--against", original).exit_code == 0
+    made = load_file(copy / "model.safetensors")
+    flat = made[name].view(torch.uint8).view(-1)
+    place = int(torch.nonzero((flat & 0x7F) == 0x40)[0])  # well inside: neither zero nor the largest
+    flat[place] += 1
+    save_file(made, copy / "model.safetensors", {"format": "pt"})
+    result = run("verify", copy, "--against", original)
+    assert result.exit_code == 1
+    assert f"1 of {tensors[name].numel()} values are off" in result.stdout
+    assert "not fine: 1 of 14 weights" in result.stdout
