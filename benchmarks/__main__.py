@@ -37,7 +37,7 @@ def available() -> list[str]:
               show_default="benchmarks/results; with --quick benchmarks/results/quick",
               help="Directory of the JSON and the pictures.")  # fmt: skip
 def main(only: tuple[str, ...], quick: bool, out: Path | None) -> None:
-    """Run the benchmarks, each in a process of its own, and print the README's table from what they measured.
+    """Run the benchmarks, each in a process of its own, and print the tables of docs/performance.md.
 
     Wants a quiet machine, about 8 GB of memory, and 5 GB of disk in the temporary directory (TMPDIR moves it); takes
     some eight minutes on two cores. `python -m benchmarks.NAME --help` explains each one; benchmarks/README.md tells

@@ -1,4 +1,7 @@
-"""``python -m benchmarks.readme_table``: the README's figures, from the JSON of a run. No number is typed by hand."""
+"""``python -m benchmarks.readme_table``: the figures of README.md and docs/performance.md, from the JSON of a run.
+
+No number is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from .common import RESULTS, in_units, machine_line
 from .contenders import OURS, REFERENCE, SCRIPT
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+PERFORMANCE = README.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 NEEDED = ("load", "kernel", "fidelity", "neuron_compile")
 
@@ -39,10 +43,30 @@ def load_results(directory: Path) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The Markdown between the markers."""
+    """The tables of docs/performance.md."""
     parts = [loading(found["load"]), kernel(found["kernel"]), fidelity(found["fidelity"])]
     parts += [compiled(found["neuron_compile"]), footer(found)]
     return "\n\n".join(part for part in parts if part)
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The figures of the README's first screen."""
+    warm, script = found["load"]["results"]["warm"], found["load"]["results"].get("script", {})
+    ours, reference = warm[OURS], warm[REFERENCE]
+    rows = [
+        ("load, of the time of `safetensors.load_file` + `clone`", f"{ours['median_s'] / reference['median_s']:.2f} x")
+    ]
+    if SCRIPT in script:
+        rows.append(
+            ("load, against Neuron's script that writes a copy", f"{script[SCRIPT]['times_ours']:.0f} x faster")
+        )
+    rows.append(("memory at the peak, of the tensors' size", f"{ours['peak_over_size']:.2f} x"))
+    fidelity = found["fidelity"]["results"]
+    real = fidelity["real"] or list(fidelity["rows"])
+    for name, label in (("half", "weights whose value changes"), ("ratio", "the same with 448/240 (Neuron's README)")):
+        rows.append((label, _span((fidelity["rows"][source][name]["changed"] * 100 for source in real), "{:.3g} %")))
+    text = "\n".join(f"| {label} | **{figure}** |" for label, figure in rows)
+    return f"| | |\n| --- | ---: |\n{text}\n\n{footer({'load': found['load']})}"
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -181,9 +205,9 @@ def footer(found: Mapping[str, Any]) -> str:
 
 
 def fill(text: str, table: str) -> str:
-    """A README's text with the region between the markers replaced. Raises ClickException without markers."""
+    """A page's text with the region between the markers replaced. Raises ClickException without markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise click.ClickException(f"the README must hold {BEGIN} and, below it, {END}, once each")
+        raise click.ClickException(f"the page must hold {BEGIN} and, below it, {END}, once each")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
 
@@ -201,25 +225,34 @@ def fill(text: str, table: str) -> str:
     type=click.Path(dir_okay=False, path_type=Path),
     default=README,
     show_default="README.md",
-    help="File with the two markers.",
+    help="File with the two markers, for the headline.",
 )
-@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if the README differs.")
-@click.option("--print", "only_print", is_flag=True, help="Print the Markdown, leave the README alone.")  # fmt: skip
-def main(results: Path, readme: Path, check: bool, only_print: bool) -> None:
-    """Fill the README's benchmark region, between its two markers, from the JSON of the last run."""
-    table = render(load_results(results))
-    if only_print:
-        click.echo(table)
-        return
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before, table)
-    if check:
-        if before != after:
-            click.echo(f"{readme.name} differs from {results}: run `python -m benchmarks.readme_table`", err=True)
-            sys.exit(1)
-        return
-    if before != after:
-        readme.write_text(after, encoding="utf-8")
+@click.option(
+    "--performance",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=PERFORMANCE,
+    show_default="docs/performance.md",
+    help="File with the two markers, for the tables.",
+)
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 if a file differs.")
+@click.option("--print", "only_print", is_flag=True, help="Print the Markdown, leave the files alone.")
+def main(results: Path, readme: Path, performance: Path, check: bool, only_print: bool) -> None:
+    """Fill the benchmark regions, between their two markers, from the JSON of the last run."""
+    found, differ = load_results(results), False
+    for page, text in ((readme, headline(found)), (performance, render(found))):
+        if only_print:
+            click.echo(text)
+            continue
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, text)
+        if before == after:
+            continue
+        differ = True
+        if check:
+            click.echo(f"{page.name} differs from {results}: run `python -m benchmarks.readme_table`", err=True)
+        else:
+            page.write_text(after, encoding="utf-8")
+    sys.exit(check and differ)
 
 
 if __name__ == "__main__":

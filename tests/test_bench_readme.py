@@ -1,4 +1,4 @@
-"""The README's figures come from the JSON, and nothing else."""
+"""The figures of README.md and docs/performance.md come from the JSON, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,31 +37,37 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def readme(tmp_path: Path) -> Path:
-    path = tmp_path / "README.md"
-    path.write_text(f"# before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n")
-    return path
+def pages(tmp_path: Path) -> list[Path]:
+    """A README and a page of tables."""
+    files = [tmp_path / "README.md", tmp_path / "performance.md"]
+    for path in files:
+        path.write_text(f"# before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n")
+    return files
 
 
-def run(results: Path, readme: Path, *options: str) -> int:
-    return CliRunner().invoke(readme_table.main, [f"--results={results}", f"--readme={readme}", *options]).exit_code
+def run(results: Path, pages: list[Path], *options: str) -> int:
+    where = [f"--results={results}", f"--readme={pages[0]}", f"--performance={pages[1]}"]
+    return CliRunner().invoke(readme_table.main, [*where, *options]).exit_code
 
 
-def test_check_tells_whether_the_readme_is_what_was_measured(results: Path, readme: Path) -> None:
-    assert run(results, readme, "--check") == 1
-    assert run(results, readme) == 0
+@pytest.mark.parametrize("one", [0, 1])
+def test_check_tells_whether_a_page_is_what_was_measured(results: Path, pages: list[Path], one: int) -> None:
+    readme = pages[one]
+    assert run(results, pages, "--check") == 1
+    assert run(results, pages) == 0
     text = readme.read_text()
     assert text.startswith("# before\n")
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
-    assert run(results, readme, "--check") == 0
-    assert run(results, readme) == 0
+    assert run(results, pages, "--check") == 0
+    assert run(results, pages) == 0
     assert readme.read_text() == text
-    readme.write_text(re.sub(r"118 of 126", "119 of 126", text))
-    assert run(results, readme, "--check") == 1
+    readme.write_text(re.sub(r"(\d) %", r"\g<1>1 %", text))
+    assert readme.read_text() != text
+    assert run(results, pages, "--check") == 1
 
 
-def test_every_figure_is_in_the_json(results: Path, readme: Path, tmp_path: Path) -> None:
+def test_every_figure_is_in_the_json(results: Path, pages: list[Path], tmp_path: Path) -> None:
     """Change the JSON, and the text follows."""
     copy = tmp_path / "copy"
     shutil.copytree(results, copy)
@@ -76,11 +82,12 @@ def test_every_figure_is_in_the_json(results: Path, readme: Path, tmp_path: Path
         data = json.loads(path.read_text())
         change(data["results"])
         path.write_text(json.dumps(data))
-    assert run(copy, readme) == 0
-    text = readme.read_text()
+    assert run(copy, pages) == 0
+    text = pages[1].read_text()
     for figure in ("123", "9876.5", "234", "0.46", "4711 of"):
         assert figure in text
     assert "Measured 20" in text
+    assert "Measured 20" in pages[0].read_text()
 
 
 def test_tables_are_whole(results: Path) -> None:
@@ -112,7 +119,7 @@ def test_growth_is_drawn(results: Path) -> None:
 def test_the_readme_of_this_repository() -> None:
     if not all((RESULTS / f"{name}.json").is_file() for name in readme_table.NEEDED):
         pytest.skip("no results in the repository")
-    done = CliRunner().invoke(readme_table.main, ["--check"])
+    done = CliRunner().invoke(readme_table.main, ["--check"])  # and docs/performance.md
     assert done.exit_code == 0, done.output
 
 
