@@ -1,4 +1,4 @@
-"""GPU FP8 (e4m3fn) checkpoints on AWS Trainium and Inferentia: in memory, at reading speed, exact but for eight codes."""
+"""GPU FP8 (e4m3fn) checkpoints on AWS Trainium and Inferentia: in memory, at reading speed."""
 
 from . import conventions
 from .codes import kernel
