@@ -102,13 +102,25 @@ def scale_values(scale: torch.Tensor) -> Floats:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some weights that lie together in memory, and the scale of each of them."""
+    """Some weights that lie together in memory, [rows, columns], and the scale of each of them.
+
+    Attributes:
+        start, end: where they lie in the weight.
+        grid: float64 [rows or 1, scales a row]; each is for ``across`` columns, the last perhaps for fewer.
+        across: columns that share a scale.
+        columns: of the weight.
+    """
 
     start: int
     end: int
-    scale: Floats
-    """Broadcasts to [rows, columns] of the tile, which is [-1, columns] of its bytes."""
+    grid: Floats
+    across: int
     columns: int
+
+    @property
+    def scale(self) -> Floats:
+        """float64 that broadcasts to [rows, columns]."""
+        return self.grid if self.across >= self.columns else self.grid[:, np.arange(self.columns) // self.across]
 
 
 def tiles(shape: tuple[int, ...], scale: Floats, granularity: Granularity) -> Iterator[Tile] | None:
@@ -132,7 +144,8 @@ def _tiles(experts: int, rows: int, columns: int, scale: Floats, granularity: Gr
             last = min(first + step, rows)
             start = (expert * rows + first) * columns
             part = _rows_of(own, first, last, rows, columns, granularity)
-            yield Tile(start, start + (last - first) * columns, part, columns)
+            across = granularity.block[1] if granularity.block else -(-columns // part.shape[1])
+            yield Tile(start, start + (last - first) * columns, part, across, columns)
 
 
 def _own(scale: Floats, expert: int, granularity: Granularity) -> Floats:
@@ -149,4 +162,5 @@ def _rows_of(scale: Floats, first: int, last: int, rows: int, columns: int, gran
     assert granularity.block is not None
     down, across = granularity.block
     grid = scale.reshape(-(-rows // down), -(-columns // across))
-    return grid[np.arange(first, last) // down][:, np.arange(columns) // across]
+    rows_of_grid: Floats = grid[np.arange(first, last) // down]
+    return rows_of_grid

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from .arithmetic import (
     scale_values,
     tiles,
 )
+from .bycode import ByCode, Seen
 
 _SCALE_SLACK = 2.0**-8
 """A bfloat16 scale times a factor that is no power of two is off by up to this share; and so is a bfloat16 weight."""
@@ -108,11 +108,19 @@ def sqnr_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool = False) -> WeightCheck:
+def compare(
+    name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool = False, codes: Bytes | None = None
+) -> WeightCheck:
     """Compare a weight as a GPU reads it with its new form as a Neuron device reads it.
 
-    ``old`` is float8_e4m3fn or float8_e4m3fnuz, ``new`` float8_e4m3fn or a plain float dtype, of the same shape.
-    NaN codes are a problem unless ``nan_is_fine``.
+    Args:
+        name: of the weight, for messages.
+        old: float8_e4m3fn or another FP8 format.
+        new: float8_e4m3fn or a plain float dtype, of the same shape.
+        threads: how many compare.
+        nan_is_fine: NaN codes are no problem.
+        codes: uint8 [256], what each code must have become, where that is known; by default the factor between the
+            scales tells.
 
     Raises:
         WeightError: the shapes differ, or it cannot be told which scale is whose.
@@ -123,7 +131,12 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
     before = OTHER_FORMATS.get(old.weight.dtype, GPU)
     old_codes, jobs = as_bytes(old.weight), _jobs(name, old, new, check.factor)
     new_codes = as_bytes(new.weight) if new.is_fp8 else None
-    allowed = expected_for(check.factor) if old.is_fp8 and new.is_fp8 and new.scale is not None else None
+    allowed: tuple[Bytes, ...] | None = None if codes is None else (codes,)
+    if allowed is None and old.is_fp8 and new.is_fp8 and new.scale is not None:
+        allowed = expected_for(check.factor)
+    by_code = None
+    if allowed is not None and check.factor is not None and _grew_exactly(old, new, check.factor):
+        by_code = ByCode(before, allowed, check.factor)
     slack = _SCALE_SLACK if new.scale is not None and new.scale.element_size() < 4 else _FLOAT32_SLACK
     plain = None if new.is_fp8 else new.weight.detach().reshape(-1)
     lock, own = threading.Lock(), threading.local()
@@ -132,6 +145,11 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
         was, now = job
         if not hasattr(own, "scratch"):
             own.scratch = _Scratch(max(tile.end - tile.start for tile, _ in jobs))
+        if by_code is not None and new_codes is not None:
+            seen_by_code = by_code.compare(old_codes[was.start : was.end], new_codes[now.start : now.end], was)
+            if seen_by_code is not None:
+                add(seen_by_code)
+                return
         values = own.scratch.values(0, before, old_codes[was.start : was.end], was)
         if new_codes is not None:
             codes = new_codes[now.start : now.end]
@@ -143,6 +161,9 @@ def compare(name: str, old: Side, new: Side, threads: int, *, nan_is_fine: bool 
             assert plain is not None
             read = plain[now.start : now.end].to(torch.float64).numpy()
             seen = _differences(values, read, own.scratch.rest, None, now, _SCALE_SLACK)
+        add(seen)
+
+    def add(seen: Seen) -> None:
         with lock:
             check.nan += seen.nan
             check.changed += seen.changed
@@ -174,14 +195,6 @@ class _Scratch:
         return out
 
 
-class _Seen(NamedTuple):
-    nan: int = 0
-    changed: int = 0
-    off: int = 0
-    signal: float = 0.0
-    noise: float = 0.0
-
-
 def _unexpected(old: Bytes, new: Bytes, allowed: tuple[Bytes, ...]) -> int:
     """How many of the new codes are in none of the tables of what the old ones may become; NaN codes do not count."""
     wrong = (new & 0x7F) != 0x7F
@@ -190,7 +203,7 @@ def _unexpected(old: Bytes, new: Bytes, allowed: tuple[Bytes, ...]) -> int:
     return int(np.count_nonzero(wrong))
 
 
-def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, tile: Tile, slack: float) -> _Seen:
+def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, tile: Tile, slack: float) -> Seen:
     """Compare the values of one tile. ``codes``: the new ones; None where the new weight is a plain float dtype."""
     difference = np.subtract(now, was, out=rest[: was.size])
     signal, noise = _square_sum(was), _square_sum(difference)
@@ -201,7 +214,7 @@ def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, ti
         was, difference = np.where(there & kept, was, 0.0), np.where(there & kept, difference, 0.0)
         signal, noise = _square_sum(was), _square_sum(difference)
     if not noise:
-        return _Seen(nan, lost, lost, signal)
+        return Seen(nan, lost, lost, signal)
     at = np.flatnonzero(difference != 0)
     error, value = np.abs(difference[at]), np.abs(was[at])
     allowed = value * slack
@@ -211,7 +224,14 @@ def _differences(was: Floats, now: Floats, rest: Floats, codes: Bytes | None, ti
         down = np.abs(now[at]) > value  # the value lies between the code and the next smaller one
         allowed += np.where(down, HALF_STEP_DOWN[codes[at]], HALF_STEP[codes[at]]) * np.abs(scale)
     off = int(np.count_nonzero(error > allowed))
-    return _Seen(nan, at.size + lost, off + lost, signal, noise)
+    return Seen(nan, at.size + lost, off + lost, signal, noise)
+
+
+def _grew_exactly(old: Side, new: Side, factor: float | None) -> bool:
+    """Is every new scale the old one times the factor, in the same place?"""
+    was, now = old.scale_values(), new.scale_values()
+    same = was.shape == now.shape and old.granularity == new.granularity
+    return factor is not None and same and bool(np.array_equal(was * factor, now))
 
 
 def _square_sum(values: Floats) -> float:
