@@ -7,10 +7,14 @@ advisory and configs go stale, dtypes do not. So nothing in here raises: a broke
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..errors import CheckpointError
+from .regular import LONGEST_CONFIG, read_json
 
 Section = Mapping[str, Any]
 Block = tuple[int, int]
@@ -95,12 +99,13 @@ def _header(metadata: Mapping[str, str]) -> Iterator[tuple[str, Section]]:
 
 
 def _json(file: Path, remarks: list[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(file):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        remarks.append(f"{file.name} cannot be read ({error}); going by the tensors alone")
+    try:
+        content = read_json(file, LONGEST_CONFIG)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        remarks.append(f"{file.name} cannot be read ({reason}); going by the tensors alone")
         return {}
     if not isinstance(content, dict):
         remarks.append(f"{file.name} holds a {type(content).__name__}, not an object; going by the tensors alone")

@@ -62,9 +62,14 @@ def _kept(checkpoint: Checkpoint, what: object, make: Callable[[Declared], Named
     declared = read_declared(checkpoint.directory, checkpoint.metadata)
     if len(checkpoint.files) == 1:
         return make(declared)
+
+    def whole() -> Named:
+        made = make(declared)
+        made.work_out()  # once, not in every copy under another name
+        return made
+
     key = ("plan", what, checkpoint.fingerprint, declared, conventions.conventions())
-    made = cached(key, lambda: make(declared), _BYTES_A_TENSOR * len(checkpoint.tensors))
-    return made.called(str(checkpoint.path))
+    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(str(checkpoint.path))
 
 
 _BYTES_A_TENSOR = 600  # of a plan or a recipe, about
