@@ -60,28 +60,32 @@ def _own_index(file: Path) -> Index | None:
 
 
 def _index_of(file: Path) -> Index | None:
-    """The index beside a file that lists it.
+    """The index that lists a file: one beside it, or else one in the directory above, for shards in a folder.
 
     An index that cannot be read is passed over where it is another one's: not for a numbered shard, whose partners
     are known from the index alone, nor where it bears the file's name.
     """
-    found = []
-    for path in sorted(file.parent.glob("*" + SUFFIX)):
-        try:
-            index = Index(path)
-        except CheckpointError:
-            if SHARD.match(file.name) or path.name == file.name + SUFFIX:
-                raise
-            continue
-        if file in index.files and not _is_left_over(index, file):
-            found.append(index)
-    chosen = [index for index in found if index.path.name in _INDEXES] or found
-    if len({index.files for index in chosen}) > 1:
-        raise CheckpointError(
-            f"{file}: is listed by {len(chosen)} indexes, of different files "
-            f"({', '.join(index.path.name for index in chosen)}); give the path of one of them, or remove the other"
-        )
-    return chosen[0] if chosen else None
+    for directory in dict.fromkeys((file.parent, file.parent.parent)):
+        found = []
+        for path in sorted(directory.glob("*" + SUFFIX)):
+            try:
+                index = Index(path)
+            except CheckpointError:
+                if directory == file.parent and (SHARD.match(file.name) or path.name == file.name + SUFFIX):
+                    raise
+                continue
+            if file in index.files and not _is_left_over(index, file):
+                found.append(index)
+        chosen = [index for index in found if index.path.name in _INDEXES] or found
+        if len({index.files for index in chosen}) > 1:
+            raise CheckpointError(
+                f"{file}: is listed by {len(chosen)} indexes, of different files "
+                f"({', '.join(index.path.name for index in chosen)}); give the path of one of them, or move the other "
+                "away"
+            )
+        if chosen:
+            return chosen[0]
+    return None
 
 
 def _is_left_over(index: Index, file: Path) -> bool:
