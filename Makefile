@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test test-all fuzz lint bench clean
 
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
 	@echo "make test   install what the tests need and run them: those of the kernel on each of its paths, the rest once"
 	@echo "make test-all  run all tests on each path"
+	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
@@ -50,6 +51,10 @@ test-all: $(VENV)/.test
 		echo "== kernel path $$path, all tests"; \
 		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest || exit 1; \
 	done
+
+SECONDS ?= 600
+fuzz: $(VENV)/.test
+	NEURON_FP8_LOADER_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

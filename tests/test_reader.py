@@ -175,7 +175,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path, monkeypatch, sm
 
     monkeypatch.setattr(loader, "recipe_for", then_shrink)
     files, running = open_files(), threading.active_count()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte \d+, in the data of .*truncated"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was written to while it was read"):
         load_state_dict(file, threads=threads)
     assert (open_files(), threading.active_count()) == (files, running)
 

@@ -190,7 +190,7 @@ def test_arguments(tmp_path, mixed):
     with pytest.raises(OptionError, match="unknown option 'methd'"):
         safe_open(mixed, methd="half")
     for path in (tmp_path, tmp_path / "none.safetensors"):
-        with pytest.raises(CheckpointError, match="takes one file"):
+        with pytest.raises(CheckpointError, match=r"takes one|no such file"):
             safe_open(path)
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(Fp8LoaderError, match=r"broken\.safetensors"):

@@ -2,8 +2,21 @@
 
 from .bin import load_bin
 from .files import Checkpoint, open_checkpoint
+from .given import existing_file
 from .info import TensorInfo, describe
 from .reader import Decision, WeightJob
+from .regular import check_unchanged
 from .source import Source
 
-__all__ = ["Checkpoint", "Decision", "Source", "TensorInfo", "WeightJob", "describe", "load_bin", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Decision",
+    "Source",
+    "TensorInfo",
+    "WeightJob",
+    "check_unchanged",
+    "describe",
+    "existing_file",
+    "load_bin",
+    "open_checkpoint",
+]

@@ -7,10 +7,17 @@ advisory and configs go stale, dtypes do not. So nothing in here raises: a broke
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from .regular import LONGEST_CONFIG, read_json
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 Section = Mapping[str, Any]
 Block = tuple[int, int]
@@ -20,6 +27,7 @@ _OTHER_METHODS = ("gptq", "awq", "bitsandbytes", "mxfp4", "bitnet", "aqlm", "hqq
 _MODELOPT_BLOCKS: dict[str, Block] = {
     "FP8_PB_WO": (128, 128), "FP8_BLOCK_SCALES": (128, 128), "FP8_PB": (128, 128), "MXFP8": (1, 32),
 }  # fmt: skip
+_LONGEST = 1 << 31  # rows or columns of a block; no published weight has so many
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,10 @@ def read_declared(directory: Path, metadata: Mapping[str, str] | None = None) ->
     """What the files beside the shards declare, and the safetensors metadata. Never raises."""
     remarks: list[str] = []
     for source, section in _sections(directory, metadata or {}, remarks):
-        return Declared(source, _method(section), _promises_fp8(section), _block(section), tuple(remarks))
+        odd: list[str] = []
+        block = _block(section, odd)
+        remarks += [f"{source} {remark}" for remark in odd]
+        return Declared(source, _method(section), _promises_fp8(section), block, tuple(remarks))
     if (directory / "config.json").is_file() and not remarks:
         return Declared("config.json", "", False)
     return Declared(remarks=tuple(remarks))
@@ -95,12 +106,13 @@ def _header(metadata: Mapping[str, str]) -> Iterator[tuple[str, Section]]:
 
 
 def _json(file: Path, remarks: list[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(file):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        remarks.append(f"{file.name} cannot be read ({error}); going by the tensors alone")
+    try:
+        content = read_json(file, LONGEST_CONFIG)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        remarks.append(f"{file.name} cannot be read ({reason}); going by the tensors alone")
         return {}
     if not isinstance(content, dict):
         remarks.append(f"{file.name} holds a {type(content).__name__}, not an object; going by the tensors alone")
@@ -209,17 +221,24 @@ def _torchao_types(section: Section) -> list[str]:
     return sorted(found)
 
 
-def _pair(value: Any) -> Block | None:
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value):
+def _pair(value: Any, remarks: list[str]) -> Block | None:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and len(value) == 2 and all(_is_length(n) for n in value):
         return (value[0], value[1])
+    remarks.append(f"declares blocks of {str(value)[:80]}, which cannot be; going by the tensors alone")
     return None
 
 
-def _block(section: Section) -> Block | None:
-    block = _pair(section.get("weight_block_size"))
+def _is_length(number: Any) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 < number <= _LONGEST
+
+
+def _block(section: Section, remarks: list[str]) -> Block | None:
+    block = _pair(section.get("weight_block_size"), remarks)
     for weights in _groups(section):
-        block = block or _pair(weights.get("block_structure"))
+        block = block or _pair(weights.get("block_structure"), remarks)
         size = weights.get("group_size")
-        if not block and weights.get("strategy") == "group" and isinstance(size, int) and size > 0:
+        if not block and weights.get("strategy") == "group" and _is_length(size):
             block = (1, size)
     return block or _MODELOPT_BLOCKS.get(_text(section, "quant_algo").upper())

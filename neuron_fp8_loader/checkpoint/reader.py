@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +16,9 @@ from ..errors import CheckpointError
 from ..host.memory import allocate, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
+from .regular import Opened, Stamp, fill
+
+Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 
@@ -61,6 +62,7 @@ class _Piece:
 
 def read(
     infos: Sequence[TensorInfo],
+    stamps: Stamps,
     weights: Mapping[str, WeightJob],
     threads: int,
     show_progress: bool | None = False,
@@ -69,6 +71,7 @@ def read(
 
     Args:
         infos: which tensors; the result has their order.
+        stamps: what their files were when these headers were read.
         weights: the FP8 weights among them, by name.
         threads: how many read at once.
         show_progress: as ``parallel.progress`` takes it.
@@ -77,7 +80,7 @@ def read(
         the tensors, and of each FP8 weight what its bytes held before they were translated.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends early.
+        CheckpointError: a file cannot be read, ends early, or was replaced or written to since its header was read.
     """
     raw = {info.name: allocate(info.nbytes) for info in infos}
     memory = {name: buffer(t) for name, t in raw.items()}
@@ -103,10 +106,8 @@ def read(
         else:
             count(name, translate(part, part, job.table))
 
-    with ExitStack() as stack:
-        handles = {file: _open(file, stack) for file in {info.file for info in infos if info.file}}
-        total = sum(info.nbytes for info in infos)
-        advance = stack.enter_context(progress("reading", total, show_progress))
+    total = sum(info.nbytes for info in infos)
+    with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
 
         def work(piece: _Piece) -> None:
             for segment in piece.segments:
@@ -122,17 +123,17 @@ def read(
     return {i.name: shaped(raw[i.name], i.torch_dtype, i.shape) for i in infos}, counts
 
 
-def find_overflow(infos: Iterable[TensorInfo], table: Table) -> bool:
-    """Does any of these weights hold a code that does not fit? Reads no further than the first one."""
+def find_overflow(infos: Iterable[TensorInfo], stamps: Stamps, table: Table) -> bool:
+    """Does any of these weights hold a code that does not fit? Reads no further than the first one. Raises as
+    ``read``."""
     scratch = allocate(PIECE)
     memory = buffer(scratch)
     for info in infos:
-        assert info.file is not None
-        with ExitStack() as stack:
-            handle = _open(info.file, stack)
+        with Opened(_files([info]), stamps) as handles:
             for start, end in pieces(info.nbytes):
+                assert info.file is not None
                 part = _Piece(info.file, info.offset + start, [_Segment(info.name, start, end)], end - start)
-                _fill(handle, part, [memory[: end - start]])
+                _fill(handles[info.file], part, [memory[: end - start]])
                 if translate(scratch[: end - start], None, table).above:
                     return True
     return False
@@ -140,6 +141,7 @@ def find_overflow(infos: Iterable[TensorInfo], table: Table) -> bool:
 
 def visit(
     infos: Sequence[TensorInfo],
+    stamps: Stamps,
     see: Callable[[str, torch.Tensor], None],
     threads: int,
     show_progress: bool | None = False,
@@ -147,7 +149,7 @@ def visit(
     """Read tensors of safetensors files a piece at a time, and keep none of them.
 
     Args:
-        infos: which tensors.
+        infos, stamps: which tensors, and what their files were.
         see: called as ``see(name, piece)``, by several threads at once and in no order, with every piece of every
             tensor: uint8 [at most PIECE], good during the call only.
         threads, show_progress: as ``read``.
@@ -156,9 +158,8 @@ def visit(
         CheckpointError: as ``read``.
     """
     own = threading.local()
-    with ExitStack() as stack:
-        handles = {file: _open(file, stack) for file in {info.file for info in infos if info.file}}
-        advance = stack.enter_context(progress("reading", sum(info.nbytes for info in infos), show_progress))
+    total = sum(info.nbytes for info in infos)
+    with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
 
         def work(piece: _Piece) -> None:
             if not hasattr(own, "scratch"):
@@ -210,28 +211,14 @@ def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
     return done
 
 
-def _open(file: Path, stack: ExitStack) -> int:
-    try:
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be opened: {error.strerror}") from error
-    stack.callback(os.close, handle)
-    return handle
+def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:
+    return {info.file: None for info in infos if info.file is not None}
 
 
 def _fill(handle: int, piece: _Piece, buffers: list[memoryview]) -> None:
-    offset = piece.offset
-    while buffers:
-        try:
-            got = os.preadv(handle, buffers, offset)
-        except OSError as error:
-            raise CheckpointError(f"{piece.file}: reading at byte {offset} failed: {error.strerror}") from error
-        if got == 0:
-            names = ", ".join(s.name for s in piece.segments[:3])
-            raise CheckpointError(f"{piece.file}: ends at byte {offset}, in the data of {names}; was it truncated?")
-        offset += got
-        while buffers and got >= len(buffers[0]):
-            got -= len(buffers[0])
-            buffers = buffers[1:]
-        if got:
-            buffers = [buffers[0][got:], *buffers[1:]]
+    got = fill(piece.file, handle, buffers, piece.offset)
+    if got < piece.nbytes:
+        names = ", ".join(s.name for s in piece.segments[:3])
+        raise CheckpointError(
+            f"{piece.file}: ends at byte {piece.offset + got}, in the data of {names}; was it truncated?"
+        )

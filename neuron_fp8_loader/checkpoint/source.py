@@ -16,6 +16,7 @@ from . import reader
 from .bin import load_bin
 from .info import TensorInfo
 from .reader import WeightJob
+from .regular import Stamp
 
 See = Callable[[str, torch.Tensor], None]
 
@@ -43,7 +44,10 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """Files of which each tensor's place is known."""
+    """Files of which each tensor's place is known. ``stamps``: what they were when their headers were read."""
+
+    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
+        self._stamps = stamps
 
     def read(
         self,
@@ -52,13 +56,13 @@ class SafetensorsSource:
         threads: int,
         show_progress: bool | None = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
-        return reader.read(infos, weights, threads, show_progress)
+        return reader.read(infos, self._stamps, weights, threads, show_progress)
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
-        reader.visit(infos, see, threads, show_progress)
+        reader.visit(infos, self._stamps, see, threads, show_progress)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
-        return reader.find_overflow(infos, table)
+        return reader.find_overflow(infos, self._stamps, table)
 
     def mapped(self) -> dict[str, Any] | None:
         return None
@@ -67,11 +71,20 @@ class SafetensorsSource:
 class BinSource:
     """``.bin`` files, which torch maps: only what changes takes memory."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[Path], stamps: Mapping[Path, Stamp]) -> None:
+        self._files, self._stamps = files, stamps
 
     def mapped(self) -> dict[str, Any]:
-        return {name: value for file in self._files for name, value in load_bin(file).items()}
+        return self._mapped(self._files)
+
+    def _mapped(self, files: Iterable[Path]) -> dict[str, Any]:
+        return {name: value for file in files for name, value in load_bin(file, self._stamps[file]).items()}
+
+    def _tensors(self, infos: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
+        """These tensors, from their own files alone."""
+        infos = list(infos)
+        mapped = self._mapped({info.file: None for info in infos if info.file is not None})
+        return {info.name: mapped[info.name].detach() for info in infos}
 
     def read(
         self,
@@ -80,8 +93,7 @@ class BinSource:
         threads: int,
         show_progress: bool | None = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
-        loaded = self.mapped()
-        tensors = {info.name: loaded[info.name].detach() for info in infos}
+        tensors = self._tensors(infos)
         counts: dict[str, Counts] = {}
         for name, job in weights.items():
             source = tensors[name].contiguous()
@@ -94,14 +106,13 @@ class BinSource:
         return tensors, counts
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
-        loaded = self.mapped()
-        flat = {info.name: as_bytes(loaded[info.name].contiguous()) for info in infos}
+        flat = {name: as_bytes(tensor.contiguous()) for name, tensor in self._tensors(infos).items()}
         jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
         run(jobs, lambda job: see(job[0], flat[job[0]][job[1] : job[2]]), threads)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
-        loaded = self.mapped()
-        return any(_translate(loaded[info.name].contiguous(), None, table, 1).above for info in infos)
+        found = self._tensors(infos).values()
+        return any(_translate(tensor.contiguous(), None, table, 1).above for tensor in found)
 
 
 def _translate(source: torch.Tensor, target: torch.Tensor | None, table: Table, threads: int) -> Counts:

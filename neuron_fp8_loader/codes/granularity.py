@@ -42,6 +42,8 @@ class Granularity:
         return "expert" if self.kind == "tensor" else f"expert {name}"
 
 
+_USUAL = 128  # rows and columns of the blocks that most producers use
+
 TENSOR, ROW, COLUMN, UNKNOWN = Granularity("tensor"), Granularity("row"), Granularity("column"), Granularity("unknown")
 
 
@@ -112,15 +114,21 @@ def _matrix(rows: int, columns: int, scale: Shape, declared: tuple[int, int] | N
     if block is None or scale != (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
         # a declared size that does not fit may be another tensor's (mixed checkpoints), so only whole blocks count
         block = (_block(rows, scale[0], ragged=declared is None), _block(columns, scale[1], ragged=declared is None))
+    # numbers from a config size memory later on: no block is larger than what it covers
+    block = (_clamped(block[0], rows), _clamped(block[1], columns))
     if 0 in block:
         return UNKNOWN
     return Granularity("block", block, mx=e8m0 and block[1] == 32)
 
 
+def _clamped(block: int, size: int) -> int:
+    return block if block <= max(size, _USUAL) else _block(size, 1, ragged=True)
+
+
 def _block(size: int, grid: int, *, ragged: bool) -> int:
     """The power of two that cuts ``size`` into ``grid`` pieces, the last one cut short if ``ragged``; 0: none."""
     if grid == 1:
-        return 128 if size <= 128 else size  # a larger block would cover the same, and 128 is the usual one
+        return _USUAL if size <= _USUAL else size  # a larger block would cover the same
     for block in (1, 16, 32, 64, 128, 256, 512):
         if math.ceil(size / block) == grid and (ragged or size % block == 0):
             return block

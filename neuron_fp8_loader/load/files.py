@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Checkpoint, Decision, WeightJob, open_checkpoint
+from ..checkpoint import Checkpoint, Decision, WeightJob, existing_file, open_checkpoint
 from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError, listing
@@ -76,9 +75,7 @@ def load_file(
 
     Args, Returns, Raises: as ``load_state_dict``, for one file; ``device`` is where the tensors go once rescaled.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file; load_file takes one .safetensors file")
-    loaded = load_checkpoint(path, **options).state_dict
+    loaded = load_checkpoint(existing_file(path, "load_file"), **options).state_dict
     return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
@@ -102,12 +99,29 @@ def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[d
     names = [info.name for info in checkpoint.selected_tensors()]
     mapped = checkpoint.source.mapped()
     if mapped is not None:
-        # all of them, even for one shard of several: right, but not fast; such files are not made to be read in parts
-        state_dict, report = rescale_by(mapped, recipe, options, inplace=False)
-        if checkpoint.selected != frozenset(checkpoint.files):
-            state_dict = {recipe.steps[name].out: state_dict[recipe.steps[name].out] for name in names}
-        return state_dict, report
+        if not checkpoint.is_part:
+            return rescale_by(mapped, recipe, options, inplace=False)
+        # with what decides with them, in whichever file it is; the rest is mapped, but not looked at
+        needed = _deciding(recipe, names)
+        part = {name: mapped[name] for name in recipe.steps if name in needed}
+        state_dict, report = rescale_by(part, recipe.within(part), options, inplace=False)
+        steps = (recipe.steps[name] for name in names)
+        return {step.out: state_dict[step.out] for step in steps if step.action != "drop"}, report
     return _Load(checkpoint, recipe, recipe.within(names), options).run()
+
+
+def _deciding(recipe: Recipe, names: Sequence[str]) -> set[str]:
+    """These tensors, those that are decided or laid out together with them, and all that activation scales hang on."""
+    needed = set(names)
+    for name in names:
+        step = recipe.steps[name]
+        scale = step.pair.scale if step.pair is not None else name
+        for pair in recipe.plan.by_scale.get(scale, ()):
+            needed |= {pair.weight, pair.scale}
+    if any(recipe.steps[name].role == "activation scale" for name in names):
+        needed |= {step.name for step in recipe.scaled_weights}
+        needed |= set(recipe.plan.by_scale)
+    return needed
 
 
 class _Load:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import check_unchanged, existing_file, open_checkpoint
 from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
@@ -53,15 +52,18 @@ class safe_open:
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
-        if not Path(filename).is_file() or Path(filename).suffix != ".safetensors":
-            raise CheckpointError(f"{filename}: no such .safetensors file; safe_open takes one file")
+        file = existing_file(filename, "safe_open")
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{filename}: is no .safetensors file, which is what safe_open takes")
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
-        self._recipe = recipe_for(open_checkpoint(filename), self._options)
+        checkpoint = open_checkpoint(file)
+        self._recipe = recipe_for(checkpoint, self._options)
         self.plan: Plan = self._recipe.plan
         self._device = device
-        self._file = safetensors.safe_open(str(filename), framework="pt", device="cpu")
+        self._file = safetensors.safe_open(str(file), framework="pt", device="cpu")
+        check_unchanged(file, checkpoint.stamps[file])
 
     def __enter__(self) -> safe_open:
         self._file.__enter__()

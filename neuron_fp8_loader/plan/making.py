@@ -40,7 +40,8 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
 
 def plan_for(checkpoint: Checkpoint) -> Plan:
     """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
-    return _kept(checkpoint, "plan", lambda declared: make_plan(checkpoint.tensors, str(checkpoint.path), declared))
+    declared = read_declared(checkpoint.directory, checkpoint.metadata)
+    return _kept(checkpoint, ("plan", declared), lambda: make_plan(checkpoint.tensors, str(checkpoint.path), declared))
 
 
 def recipe_for(checkpoint: Checkpoint, what: What) -> Recipe:
@@ -51,20 +52,24 @@ def recipe_for(checkpoint: Checkpoint, what: What) -> Recipe:
     """
     what = what.what if isinstance(what, Options) else what
     plan = plan_for(checkpoint)
-    return _kept(checkpoint, what, lambda _: make_recipe(plan, what))
+    return _kept(checkpoint, ("recipe", plan.declared, what), lambda: make_recipe(plan, what))
 
 
 Named = TypeVar("Named", Plan, Recipe)
 
 
-def _kept(checkpoint: Checkpoint, what: object, make: Callable[[Declared], Named]) -> Named:
+def _kept(checkpoint: Checkpoint, what: object, make: Callable[[], Named]) -> Named:
     """What shards that are loaded one by one have in common: they are planned as a whole each time."""
-    declared = read_declared(checkpoint.directory, checkpoint.metadata)
     if len(checkpoint.files) == 1:
-        return make(declared)
-    key = ("plan", what, checkpoint.fingerprint, declared, conventions.conventions())
-    made = cached(key, lambda: make(declared), _BYTES_A_TENSOR * len(checkpoint.tensors))
-    return made.called(str(checkpoint.path))
+        return make()
+
+    def whole() -> Named:
+        made = make()
+        made.work_out()  # once, not in every copy under another name
+        return made
+
+    key = (what, checkpoint.fingerprint, conventions.conventions())
+    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(str(checkpoint.path))
 
 
 _BYTES_A_TENSOR = 600  # of a plan or a recipe, about

@@ -95,6 +95,10 @@ class Plan:
     def scale_of(self) -> dict[str, str]:
         return {pair.weight: pair.scale for pair in self.pairs}
 
+    def work_out(self) -> None:
+        """Find what follows from the plan now, for all copies that ``called`` makes."""
+        self.by_scale  # noqa: B018
+
     def called(self, source: str) -> Plan:
         """The same plan under another name, for messages."""
         renamed = copy(self)  # with what it has worked out so far

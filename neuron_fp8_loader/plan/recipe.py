@@ -6,7 +6,7 @@ decided from headers is decided here; what hangs on the values of weights is lef
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -124,6 +124,10 @@ class Recipe:
         """Is any weight requantized, or dequantized by its scale? That needs weight and scale together."""
         return any(step.action in ("requantize", "dequantize") for step in self.scaled_weights)
 
+    def work_out(self) -> None:
+        """Find what follows from the recipe now, for all copies that ``called`` makes."""
+        self.scaled_weights  # noqa: B018
+
     def called(self, source: str) -> Recipe:
         """The same recipe for a checkpoint by another name."""
         renamed = copy(self)
@@ -138,14 +142,20 @@ class Recipe:
         """The steps with one of these actions."""
         return (s for s in self.steps.values() if s.action in actions and role in (None, s.role))
 
-    def torn(self, names: Container[str]) -> list[str]:
+    def torn(self, names: Collection[str]) -> list[str]:
         """Pairs that their layout needs together, and of which only one tensor is among ``names``."""
         apart: dict[str, None] = {}
-        for step in self.weights:
-            pair = step.pair
-            if pair is not None and (pair.weight in names) != (pair.scale in names):
+        for name in names:
+            step = self.steps[name]
+            own = (step.pair,) if step.role == "weight" and step.pair is not None else ()
+            for pair in own or self.plan.by_scale.get(name, ()):
+                if pair.weight in names and pair.scale in names:
+                    continue
                 scale, header = self.steps[pair.scale], self.plan.tensors[pair.scale]
-                if step.action != "translate" or (scale.shape, scale.dtype) != (header.shape, header.dtype):
+                if self.steps[pair.weight].action != "translate" or (scale.shape, scale.dtype) != (
+                    header.shape,
+                    header.dtype,
+                ):
                     apart[f"{pair.weight} / {pair.scale}"] = None
         return list(apart)
 

@@ -147,7 +147,8 @@ class Export:
             else:
                 dropped = {step.name for step in self.recipe.doing("drop")}
                 content["weight_map"] = {n: file for n, file in content["weight_map"].items() if n not in dropped}
-                content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+                metadata = content.get("metadata")
+                content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
                 temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def _save_state(self) -> None:

@@ -77,7 +77,7 @@ def write_safetensors(
     source = infos[0].file
     assert source is not None
     header = _header(source)
-    metadata = {**header.pop("__metadata__", {}), NOTE: note}
+    metadata = {**(header.pop("__metadata__", None) or {}), NOTE: note}
     infos = [info for info in infos if recipe.steps[info.name].action != "drop"]
     sizes = {info.name: _nbytes(info, recipe.steps[info.name]) for info in infos}
     if any(sizes[info.name] != info.nbytes for info in infos):  # keep every tensor aligned to its element size

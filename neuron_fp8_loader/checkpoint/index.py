@@ -1,0 +1,93 @@
+"""Index files: which tensor is in which shard."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import CheckpointError, listing
+from .info import TensorInfo
+from .regular import LONGEST_INDEX, read_json, remembered, stamp
+
+SUFFIX = ".index.json"
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ext>\.safetensors|\.bin)$")
+
+_BYTES = 250  # a tensor of a weight map, about
+
+
+class Index:
+    """An index file. What it says is kept between loads until the file is another.
+
+    Attributes:
+        path: where it is.
+        stamp: of the file that was read.
+        files: the shards that it lists, sorted.
+
+    Raises:
+        CheckpointError: it cannot be read, is no index, lists nothing, files elsewhere or of several formats.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stamp = path, stamp(path)
+        self.files = remembered("index", path, self.stamp, self._listed, lambda files: 200 * len(files))
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """tensor -> name of its file."""
+        return remembered("weight map", self.path, self.stamp, lambda: _read(self.path), lambda m: _BYTES * len(m))
+
+    def _listed(self) -> tuple[Path, ...]:
+        files = tuple(sorted({self.path.parent / name for name in self.weight_map.values()}))
+        if not files:
+            raise CheckpointError(f"{self.path}: lists no tensors")
+        if len({file.suffix for file in files}) > 1:
+            raise CheckpointError(
+                f"{self.path}: lists files of several formats; expected .safetensors or .bin throughout"
+            )
+        return files
+
+    def check_files(self) -> None:
+        """Raise CheckpointError for shards that are missing, or left over from another version of the set."""
+        problems = [f"missing shard {file.name}" for file in self.files if not file.exists()]
+        sets = {(m["stem"], m["count"], m["ext"]) for file in self.files if (m := SHARD.match(file.name))}
+        listed = {file.name for file in self.files}
+        for other in sorted(os.listdir(self.path.parent)):
+            match = SHARD.match(other)
+            if match and (match["stem"], match["count"], match["ext"]) in sets and other not in listed:
+                problems.append(f"extra shard {other}, of the same set but not in the index")
+        if problems:
+            raise CheckpointError(f"{self.path}: index and files disagree, {listing('problem', problems)}")
+
+    def compare(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
+        """Where it and the headers of the shards contradict each other, one text each."""
+        problems = []
+        for name, file in self.weight_map.items():
+            info = tensors.get(name)
+            if info is None:
+                problems.append(f"the index places {name} in {file}, which does not hold it")
+            elif info.file is None or info.file.name != file.rpartition("/")[2]:
+                problems.append(f"the index places {name} in {file}; it is in {info.file and info.file.name}")
+        problems += [
+            f"{name} is in {info.file and info.file.name} but not in the index"
+            for name, info in tensors.items()
+            if name not in self.weight_map
+        ]
+        return problems
+
+
+def _read(index: Path) -> dict[str, str]:
+    content = read_json(index, LONGEST_INDEX)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f'{index}: not a checkpoint index: expected an object with "weight_map"')
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{index}: not a checkpoint index: {tensor} is mapped to {name!r}, not to a file")
+    for name in set(weight_map.values()):
+        parts = Path(name).parts
+        if not parts or "\0" in name or Path(name).is_absolute() or ".." in parts:
+            raise CheckpointError(f"{index}: lists {name!r}, which lies outside its directory")
+    return weight_map
