@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Checkpoint, Decision, WeightJob, open_checkpoint
+from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob, open_checkpoint
 from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError, listing
 from ..host.cache import cached, keep
+from ..host.memory import check_mode, needing
 from ..options import Options
 from ..plan import Plan, Recipe, Verdict, recipe_for
 from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
@@ -99,6 +100,7 @@ def load_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
 
 def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
     """Load the selected files of a checkpoint by a recipe for the whole of it."""
+    check_mode()
     names = [info.name for info in checkpoint.selected_tensors()]
     mapped = checkpoint.source.mapped()
     if mapped is not None:
@@ -124,6 +126,13 @@ class _Load:
         decisions = self._decisions()
         jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.weights}
         infos = [recipe.plan.tensors[name] for name in recipe.steps]
+        with needing(sum(info.nbytes for info in infos), recipe.plan.source):
+            return self._read(decisions, infos, jobs)
+
+    def _read(
+        self, decisions: dict[str, Decision], infos: list[TensorInfo], jobs: dict[str, WeightJob]
+    ) -> tuple[dict[str, torch.Tensor], Report]:
+        recipe = self.recipe
         tensors, counts = self.source.read(infos, jobs, self.threads, self.options.progress)
         check_weights(recipe, counts)
         verdict = self._verdict(decisions, counts)

@@ -106,7 +106,7 @@ class safe_open:
         step = self._recipe.steps[name]
         if step.role == "weight":
             part = self._weight(step, part)
-        elif step.role == "scale" or step.action == "scale":
+        elif step.role in ("scale", "activation scale"):
             where = self.plan.where(name)
             if self._options.nan == "error":
                 check_scale(part, where)
