@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from .signals import uninterrupted
 
@@ -79,16 +79,17 @@ def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
 def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
     """Yield ``advance(bytes)``. The bar is drawn on stderr if ``show``; with None only on a terminal and after 2 s.
 
-    Work does not fail for want of a bar: where stderr is closed, missing or broken, none is drawn.
+    Work does not fail for want of a bar: where stderr is missing, closed or broken, none is seen.
     """
-    if show is False or not _can_draw(show):
+    stream = _Stream(sys.stderr)
+    if show is False or (show is None and not stream.isatty()):
         yield lambda nbytes: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=Console(file=cast(IO[str], stream)), transient=True)
     task = bar.add_task(what, total=total)
     begin, lock, drawn = time.monotonic(), threading.Lock(), threading.Event()
 
@@ -97,23 +98,36 @@ def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int
         if not drawn.is_set() and (show or time.monotonic() - begin > _SHOW_AFTER):
             with lock:
                 if not drawn.is_set():
+                    bar.start()
                     drawn.set()
-                    with suppress(*_BROKEN):
-                        bar.start()
 
     try:
         yield advance
     finally:
-        with suppress(*_BROKEN):
-            bar.stop()
+        bar.stop()
 
 
-_BROKEN = (OSError, ValueError)  # a stream that went away, was closed, or cannot encode what is drawn
+class _Stream:
+    """As much of a text stream as rich uses, over one that may be None, closed, gone, or no stream at all."""
 
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "ascii"
 
-def _can_draw(show: bool | None) -> bool:
-    try:
-        # None in a process that was started without it; AttributeError for what some services put in its place
-        return sys.stderr is not None and (bool(show) or sys.stderr.isatty())
-    except (*_BROKEN, AttributeError):
-        return False
+    def isatty(self) -> bool:
+        try:
+            return bool(self._stream.isatty())
+        except Exception:
+            return False
+
+    def write(self, text: str) -> int:
+        with suppress(Exception):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 
+from ..arguments import check_backend, checked_device, location
 from ..checkpoint import open_checkpoint
 from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
@@ -36,12 +36,12 @@ class safe_open:
         filename: one ``.safetensors`` file; scales may be in the shards that an index beside it lists.
         framework: ``"pt"``.
         device: where the values go once converted.
+        backend: taken because safetensors 0.8 takes it, and without effect: the file is mapped.
         **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
 
     Raises:
         CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout`` or
-            ``dequantize``. Reading raises
-        WeightError and ScaleError as ``load_file`` does, for the slice at hand.
+            ``dequantize``. Reading raises WeightError and ScaleError as ``load_file`` does, for the slice at hand.
     """
 
     def __init__(
@@ -49,19 +49,23 @@ class safe_open:
         filename: str | os.PathLike[str],
         framework: str = "pt",
         device: str | int | torch.device = "cpu",
+        *,
+        backend: str = "mmap",
         **options: Unpack[OptionKeywords],
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
-        if not Path(filename).is_file() or Path(filename).suffix != ".safetensors":
+        check_backend(backend)
+        path = location(filename)
+        if not path.is_file() or path.suffix != ".safetensors":
             raise CheckpointError(f"{filename}: no such .safetensors file; safe_open takes one file")
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
-        self._recipe = recipe_for(open_checkpoint(filename), self._options)
+        self._recipe = recipe_for(open_checkpoint(path), self._options)
         self.plan: Plan = self._recipe.plan
-        self._device = device
-        self._file = safetensors.safe_open(str(filename), framework="pt", device="cpu")
+        self._device = checked_device(device)
+        self._file = safetensors.safe_open(str(path), framework="pt", device="cpu")
 
     def __enter__(self) -> safe_open:
         self._file.__enter__()
