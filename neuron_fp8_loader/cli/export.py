@@ -52,7 +52,11 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     if as_json:
         print_json("export", as_data(ckpt, made, dry_run=dry_run, resumed=resumed, already=finished))
     elif not dry_run and not finished:
-        echo(f"done: {made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})")
+        done = [f"{made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"]
+        for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized")):
+            count = sum(step.action == action for step in made.recipe.weights)
+            done += [f"{count} {what}"] if count else []
+        echo(f"done: {', '.join(done)}")
         echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
 
 
