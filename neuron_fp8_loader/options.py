@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from .codes.formats import METHODS, Table
 from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .codes.formats import Table
 
 THREADS_ENV = "NEURON_FP8_LOADER_THREADS"
 
@@ -56,6 +58,8 @@ class What:
 
     @property
     def table(self) -> Table:
+        from .codes.formats import METHODS  # torch: the command line offers the options without it
+
         return METHODS[self.method]
 
 

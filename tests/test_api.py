@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+import safetensors.torch
 import torch
-from support import ROOT
+from support import ROOT, TINY
 
 import neuron_fp8_loader
 from neuron_fp8_loader import Fp8LoaderError, Options, errors
@@ -54,6 +58,7 @@ import torch
 before = set(sys.modules)
 torch.set_default_device("meta")
 import neuron_fp8_loader as n
+[getattr(n, name) for name in n.__all__]  # imported when asked for
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"numpy", "rich", "click", "transformers", "matplotlib", "plotly", "ml_dtypes", "vllm",
                "torch_neuronx", "neuronx_distributed", "neuronx_distributed_inference", "torch_xla", "nki"}
@@ -116,7 +121,8 @@ def test_a_malformed_thread_variable(monkeypatch, value):
 def test_a_process_may_fork_after_the_import():
     """vLLM forks its workers. A torch operation run in parallel at import would leave them a pool without threads."""
     code = (
-        "import os, time, torch, neuron_fp8_loader\n"
+        "import os, time, torch, neuron_fp8_loader as n\n"
+        "[getattr(n, name) for name in n.__all__]\n"
         "pid = os.fork()\n"
         "if not pid:\n"
         "    torch.ones(1 << 22, dtype=torch.uint8).clone(); os._exit(0)\n"
@@ -128,3 +134,66 @@ def test_a_process_may_fork_after_the_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# -- arguments of the wrong kind --------------------------------------------------------------------------------
+
+WRONG = {
+    "path": lambda: neuron_fp8_loader.load_state_dict(3),
+    "no path": lambda: neuron_fp8_loader.load_checkpoint(None),
+    "bytes": lambda: neuron_fp8_loader.load_state_dict(b"model.safetensors"),
+    "paths": lambda: neuron_fp8_loader.plan_checkpoint(["a", "b"]),
+    "file": lambda: neuron_fp8_loader.load_file({"a": torch.ones(1)}),
+    "slices": lambda: neuron_fp8_loader.safe_open(None),
+    "device": lambda: neuron_fp8_loader.load_file(TINY / "model.safetensors", device="toaster"),
+    "device of slices": lambda: neuron_fp8_loader.safe_open(TINY / "model.safetensors", device=1.5),
+    "backend": lambda: neuron_fp8_loader.load_file(TINY / "model.safetensors", backend=None),
+    "framework": lambda: neuron_fp8_loader.safe_open(TINY / "model.safetensors", framework=None),
+    "state dict": lambda: neuron_fp8_loader.rescale_state_dict("model.safetensors"),
+    "inplace": lambda: neuron_fp8_loader.rescale_state_dict({}, inplace="yes"),
+    "a mapping that cannot change": lambda: neuron_fp8_loader.rescale_state_dict(MappingProxyType({}), inplace=True),
+    "method": lambda: neuron_fp8_loader.rescale_state_dict({}, method=["half"]),
+    "dequantize": lambda: neuron_fp8_loader.rescale_state_dict({}, dequantize=3),
+    "threads": lambda: neuron_fp8_loader.rescale_state_dict({}, threads="4"),
+    "convention": lambda: neuron_fp8_loader.conventions.register("mine"),
+    "templates": lambda: neuron_fp8_loader.conventions.Convention("mine", 3, "{}.scale", "us"),
+    "name of a convention": lambda: neuron_fp8_loader.conventions.unregister(["mine"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(WRONG))
+def test_arguments_of_the_wrong_kind(kind):
+    with pytest.raises(OptionError) as error:
+        WRONG[kind]()
+    assert str(error.value)
+
+
+def test_load_file_and_safe_open_take_what_those_of_safetensors_take():
+    """Every argument of the newest release, by its name."""
+    ours = inspect.signature(neuron_fp8_loader.load_file).parameters
+    for name, theirs in inspect.signature(safetensors.torch.load_file).parameters.items():
+        assert ours[name].default == theirs.default
+    file = TINY / "model.safetensors"
+    mapped = neuron_fp8_loader.load_file(filename=file, device="cpu", backend="mmap")
+    read = neuron_fp8_loader.load_file(file, "cpu", backend="pread")
+    with neuron_fp8_loader.safe_open(filename=str(file), framework="pt", device="cpu", backend="mmap") as opened:
+        assert set(opened.keys()) == set(mapped) == set(read)
+        for name in mapped:
+            assert torch.equal(opened.get_tensor(name).view(torch.uint8), mapped[name].view(torch.uint8))
+            assert torch.equal(read[name].view(torch.uint8), mapped[name].view(torch.uint8))
+
+
+def test_errors_cross_processes():
+    """Data loaders pickle what their workers raise."""
+    found = errors.PlanError("here", ["one", "two"])
+    again = pickle.loads(pickle.dumps(found))
+    assert (str(again), again.source, again.problems) == (str(found), "here", ("one", "two"))
+    for kind in (errors.WeightError, errors.HostMemoryError, errors.OptionError):
+        assert str(pickle.loads(pickle.dumps(kind("text\x1b")))) == "text\\x1b"
+
+
+def test_an_attribute_that_is_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'load_everything'"):
+        neuron_fp8_loader.load_everything  # noqa: B018
+    assert set(neuron_fp8_loader.__all__) <= set(dir(neuron_fp8_loader))
+    assert neuron_fp8_loader.errors is errors

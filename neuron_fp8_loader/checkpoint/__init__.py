@@ -2,7 +2,7 @@
 
 from .bin import load_bin
 from .files import Checkpoint, open_checkpoint
-from .given import existing_file
+from .given import existing, existing_file
 from .info import TensorInfo, describe
 from .reader import Decision, WeightJob
 from .regular import check_unchanged
@@ -16,6 +16,7 @@ __all__ = [
     "WeightJob",
     "check_unchanged",
     "describe",
+    "existing",
     "existing_file",
     "load_bin",
     "open_checkpoint",

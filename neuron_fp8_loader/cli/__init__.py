@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import click
 
 from .. import __version__
@@ -12,7 +16,28 @@ from .inspect import inspect
 from .verify import verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Begins with streams that every name can be written to, whatever the process was started with."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        _ready_streams()
+        return super().main(*args, **extra)
+
+
+def _ready_streams() -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file opened would get this number, and others' warnings with it
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that cannot show a name
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="neuron-fp8")
 def main() -> None:
     """GPU FP8 (e4m3fn) checkpoints on AWS Neuron: look before you load.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..codes.formats import METHODS
-from ..tools.settings import Settings, settings_for
-from ..tools.shards import beside
-from .console import FINDING, Command, checkpoint_argument, json_option, print_json
+from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json
+
+if TYPE_CHECKING:
+    from ..tools.settings import Settings
 
 # inference_demo has no option for the flag; this hands it to its NeuronConfig
 _LAUNCH = """\
@@ -29,7 +29,7 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @click.command(cls=Command)
 @checkpoint_argument
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
-@click.option("--method", type=click.Choice(list(METHODS)), default="half", show_default=True, help="How to rescale.")
+@choice("method")
 @click.option(
     "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
 )
@@ -46,11 +46,14 @@ def config(
     Example:
       neuron-fp8 config ./Llama-3.1-8B-FP8 --tp 8
     """
+    from ..tools.settings import settings_for
+    from ..tools.shards import beside
+
     settings = settings_for(ckpt, tp_degree=tp_degree, method=method)
     if modules_file and settings.fp8:
-        with beside(Path(modules_file)) as temporary:
-            names = settings.neuron_config["modules_to_not_convert"]
-            temporary.write_text(json.dumps({"modules_to_not_convert": names}, indent=2) + "\n", encoding="utf-8")
+        names = settings.neuron_config["modules_to_not_convert"]
+        with beside(Path(modules_file)) as file:
+            file.write((json.dumps({"modules_to_not_convert": names}, indent=2) + "\n").encode())
     demo = inference_demo_arguments(settings, modules_file or _MODULES_FILE)
     if as_json:
         print_json(
@@ -67,7 +70,7 @@ def config(
             },
         )
     else:
-        click.echo(_text(settings, demo, modules_file))
+        echo(_text(settings, demo, modules_file))
     if not settings.fp8:
         ctx.exit(FINDING)
 

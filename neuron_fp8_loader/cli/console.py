@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from ..codes.formats import METHODS
-from ..errors import Fp8LoaderError
+from ..errors import Fp8LoaderError, printable
+from ..host.units import size
+from ..options import CHOICES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 SCHEMA = 1
 """Goes up when a JSON key changes its meaning or goes away; new keys may come without."""
@@ -33,12 +37,18 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except Fp8LoaderError as error:
-            _fail(ctx, one_line(str(error)))
+            _fail(ctx, as_given(one_line(str(error))))
         except BrokenPipeError:
             raise  # click ends quietly when the reader of a pipe has gone
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
-            _fail(ctx, f"{name}{error.strerror or error}")
+            _fail(ctx, printable(f"{name}{error.strerror or error}"))
+        except MemoryError:
+            from ..load.files import bytes_on_disk
+
+            place = str(ctx.params.get("ckpt", ""))
+            needed = size(bytes_on_disk(Path(place)))
+            _fail(ctx, printable(f"{place}: not enough memory: {needed} needed to map its files; see ulimit -v"))
         except ModuleNotFoundError as error:
             if error.name not in ("numpy", "ml_dtypes"):
                 raise
@@ -75,6 +85,14 @@ def one_line(text: str) -> str:
     return line + (f" (and {left_out} more)" if left_out else "")
 
 
+_OPTION = re.compile(rf"(?<![\w.-])({'|'.join((*CHOICES, 'dequantize'))})=([\"'])(.*?)\2")
+
+
+def as_given(text: str) -> str:
+    """An error's text with options as the command line has them: ``--nan keep`` for ``nan="keep"``."""
+    return _OPTION.sub(lambda m: f"--{m[1].replace('_', '-')} {shlex.quote(m[3])}", text)
+
+
 def checkpoint_argument(function: F) -> F:
     return click.argument("ckpt", type=click.Path())(function)
 
@@ -89,35 +107,34 @@ def threads_option(function: F) -> F:
     )(function)
 
 
+_HELP = {
+    "method": "How to rescale.",
+    "nan": "NaN codes in a weight.",
+    "unscaled": "FP8 weights that have no scale and do not fit.",
+    "activation_scales": "Static activation and KV cache scales.",
+    "layout": "Scale shapes: as on disk, one a row, or one a tensor.",
+}
+
+
+def choice(name: str) -> Callable[[F], F]:
+    """The option of the command line for an option of a few words; the default is the first of them."""
+    flag, words = f"--{name.replace('_', '-')}", CHOICES[name]
+    return click.option(flag, type=click.Choice(words), default=words[0], show_default=True, help=_HELP[name])
+
+
 def load_options(function: F) -> F:
-    """The options of a load that change its result."""
-    options = (
-        click.option(
-            "--method", type=click.Choice(list(METHODS)), default="half", show_default=True, help="How to rescale."
-        ),
+    """The options of a load that change its result: those of ``What``."""
+    options: list[Callable[[F], F]] = [
+        choice("method"),
         click.option("--always", is_flag=True, help="Rescale weights that fit +-240 already, too."),
+        *(choice(name) for name in CHOICES if name != "method"),
         click.option(
-            "--nan",
-            type=click.Choice(["error", "keep"]),
-            default="error",
-            show_default=True,
-            help="NaN codes in a weight.",
+            "--dequantize",
+            multiple=True,
+            metavar="PATTERN",
+            help="FP8 modules to have as bfloat16, e.g. '*.self_attn.*'; may be given several times.",
         ),
-        click.option(
-            "--unscaled",
-            type=click.Choice(["error", "dequantize", "keep"]),
-            default="error",
-            show_default=True,
-            help="FP8 weights that have no scale and do not fit.",
-        ),
-        click.option(
-            "--activation-scales",
-            type=click.Choice(["rescale", "keep"]),
-            default="rescale",
-            show_default=True,
-            help="Static activation and KV cache scales.",
-        ),
-    )
+    ]
     for option in reversed(options):
         function = option(function)
     return function
@@ -139,46 +156,59 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def echo(text: str) -> None:
+    """Print lines as they are, names from files escaped."""
+    click.echo(printable(text, keep="\n"))
+
+
 def console() -> Console:
     """stdout: colours on a terminal, plain text of any width elsewhere."""
+    from rich.console import Console
+
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(highlight=False, no_color=True, width=1000)
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> Table:
-    """A table; columns whose first heading letter is ``>`` are set right."""
-    made = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, title=title or None, title_justify="left")
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of plain text; columns whose first heading letter is ``>`` are set right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None)
     for heading in headings:
         made.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made
 
 
-def escape(text: str) -> str:
-    """Text that rich prints as it is."""
-    return text.replace("[", "\\[")
-
-
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Labels and values, one pair a line."""
+    """Labels and values, one pair a line, as plain text."""
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table.grid(padding=(0, 2))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for label, value in pairs:
-        made.add_row(label, escape(value))
+        made.add_row(label, Text(printable(value)))
     return made
 
 
-def say(out: Console, *lines: Any) -> None:
+def say(out: Console, *lines: str | Table) -> None:
     """Print strings as they are, and tables, without trailing blanks on a pipe."""
+    from rich.text import Text
+
     for line in lines:
+        plain = isinstance(line, str)  # not as a string: rich would look for markup and names of emoji in it
+        shown = Text(printable(line)) if isinstance(line, str) else line
         if out.is_terminal:
-            out.print(line, soft_wrap=isinstance(line, str), markup=not isinstance(line, str))
+            out.print(shown, soft_wrap=plain)
             continue
         with out.capture() as captured:
-            out.print(line, soft_wrap=isinstance(line, str), markup=not isinstance(line, str))
+            out.print(shown, soft_wrap=plain)
         for text in captured.get().splitlines():
             click.echo(text.rstrip())
 

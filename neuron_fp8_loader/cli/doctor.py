@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from ..tools.doctor import PROBLEM, Finding, examine
-from .console import FINDING, Command, console, escape, json_option, print_json, say
+from ..errors import printable
+from .console import FINDING, Command, console, json_option, print_json, say
+
+if TYPE_CHECKING:
+    from ..tools.doctor import Finding
 
 
 @click.command(cls=Command)
@@ -23,16 +27,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       neuron-fp8 doctor
     """
+    from ..tools.doctor import examine
+
     findings = examine()
     if as_json:
         print_json("doctor", {"ok": not _problems(findings), "findings": [asdict(f) for f in findings]})
     else:
+        from rich.text import Text
+
         out = console()
         colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
         for finding in findings:
             level = f"{finding.level:<8}"
             if out.is_terminal:
-                out.print(f"[{colours[finding.level]}]{level}[/] {finding.topic:<12} {escape(finding.text)}")
+                text = f" {finding.topic:<12} {printable(finding.text)}"
+                out.print(Text.assemble((level, colours[finding.level]), text))
             else:
                 say(out, f"{level} {finding.topic:<12} {finding.text}")
             if finding.todo:
@@ -42,4 +51,4 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _problems(findings: list[Finding]) -> int:
-    return sum(finding.level == PROBLEM for finding in findings)
+    return sum(finding.level == "problem" for finding in findings)

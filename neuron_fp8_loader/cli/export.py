@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..host.units import size
-from ..tools.export import Export, prepare_export
 from .console import (
     Command,
     checkpoint_argument,
     console,
+    echo,
     facts,
     json_option,
     load_options,
@@ -19,6 +19,9 @@ from .console import (
     say,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from ..tools.export import Export
 
 
 @click.command(cls=Command)
@@ -38,6 +41,8 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     Example:
       neuron-fp8 export ./Llama-3.1-8B-FP8 ./Llama-3.1-8B-FP8-neuron
     """
+    from ..tools.export import prepare_export
+
     made = prepare_export(ckpt, out, threads=threads, **load)
     finished, resumed = made.finished, len(made.done)
     if not as_json:
@@ -47,10 +52,12 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     if as_json:
         print_json("export", as_data(ckpt, made, dry_run=dry_run, resumed=resumed, already=finished))
     elif not dry_run and not finished:
-        click.echo(
-            f"done: {made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"
-        )
-        click.echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
+        done = [f"{made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"]
+        for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized")):
+            count = sum(step.action == action for step in made.recipe.weights)
+            done += [f"{count} {what}"] if count else []
+        echo(f"done: {', '.join(done)}")
+        echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
 
 
 def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bool) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bo
 
 def _announce(made: Export, finished: bool) -> None:
     if finished:
-        click.echo(f"{made.out}: is finished already")
+        echo(f"{made.out}: is finished already")
         return
     shards = len(made.checkpoint.files)
     lines = [

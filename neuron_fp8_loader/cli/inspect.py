@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
-from ..checkpoint import Checkpoint, open_checkpoint
 from ..codes.formats import OTHER_FORMATS
 from ..host.units import size
 from ..options import Options
-from ..plan import Pair, Plan, recipe_for
-from ..tools.scan import Scan, WeightCodes, scan
-from ..tools.settings import nxd_layout
 from .console import (
     FINDING,
     Command,
+    as_given,
     checkpoint_argument,
     console,
+    echo,
     facts,
     json_option,
     load_options,
@@ -31,6 +28,13 @@ from .console import (
     table,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..checkpoint import Checkpoint
+    from ..plan import Pair, Plan
+    from ..tools.scan import Scan, WeightCodes
 
 
 @click.command(cls=Command)
@@ -64,6 +68,10 @@ def inspect(
     Example:
       neuron-fp8 inspect ./Llama-3.1-8B-FP8 --plot overflow.html
     """
+    from ..checkpoint import open_checkpoint
+    from ..plan import recipe_for
+    from ..tools.scan import scan
+
     options = Options.of({**load, "threads": threads})
     if plot:
         from ..tools.plot import check_plot
@@ -84,13 +92,15 @@ def inspect(
     else:
         _show(console(), ckpt, checkpoint, plan, found, top)
         if plot and found:
-            click.echo(f"\nplot: {plot if found.weights else 'no FP8 weights, nothing to draw'}")
+            echo(f"\nplot: {plot if found.weights else 'no FP8 weights, nothing to draw'}")
     if found and (found.as_inf or found.as_nan or found.nan or found.refusals):
         ctx.exit(FINDING)
 
 
 def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -> dict[str, Any]:
     """The JSON of the command."""
+    from ..tools.settings import nxd_layout
+
     quantization_type, layout = nxd_layout(plan)
     rescaled = frozenset(found.rescaled) if found else frozenset()
     data: dict[str, Any] = {
@@ -134,7 +144,7 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
             "requantized": len(found.requantized),
             "dequantized": len(found.dequantized),
             "rounded_codes": found.rounded,
-            "refusals": list(found.refusals),
+            "refusals": [as_given(text) for text in found.refusals],
         }
     return data
 
@@ -176,6 +186,8 @@ def _kinds(plan: Plan) -> dict[tuple[str, str, str], int]:
 
 
 def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None, top: int) -> None:
+    from ..tools.settings import nxd_layout
+
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     files = f"{len(checkpoint.files)} file{'' if len(checkpoint.files) == 1 else 's'}"
     lines = [
@@ -227,7 +239,7 @@ def _show_codes(out: Console, found: Scan, top: int) -> None:
     rescaled, rounded = len(found.rescaled), found.rounded
     say(out, "", "The loader would")
     if found.refusals:
-        lines = [("refuse", one_line(text)) for text in found.refusals]
+        lines = [("refuse", as_given(one_line(text))) for text in found.refusals]
     else:
         done = f"{rescaled} of {weights} weights ({found.recipe.what.method}); {rounded} codes would be rounded"
         lines = [("rescale", f"{done} ({percent(rounded, found.numel)})" if rescaled else "nothing: all fits already")]

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from .console import (
     FINDING,
     Command,
+    as_given,
     checkpoint_argument,
     console,
     facts,
@@ -26,6 +26,8 @@ from .console import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..tools.compare import WeightCheck
     from ..tools.verify import Verification
 
@@ -85,7 +87,7 @@ def as_data(result: Verification) -> dict[str, Any]:
         "factors": [{"factor": factor, "weights": count} for factor, count in result.factors.items()],
         "activation_factors": list(result.activation_factors) if result.activation_factors else None,
         "identical_tensors": result.identical,
-        "problems": result.problems,
+        "problems": [as_given(text) for text in result.problems],
         "notes": result.notes,
         "weights": [{**asdict(weight), "sqnr_db": weight.sqnr_db} for weight in result.weights],
     }
@@ -110,7 +112,7 @@ def _show(out: Console, result: Verification, top: int) -> None:
         ("SQNR", _db(result.sqnr_db) + _least(result.worst)),
     ]
     lines += [("note", text) for text in result.notes]
-    lines += [("PROBLEM", one_line(text)) for text in result.problems]
+    lines += [("PROBLEM", as_given(one_line(text))) for text in result.problems]
     say(out, facts(lines))
     if bad and top:
         rows = [(weight.name, weight.problem) for weight in bad[:top]]

@@ -33,7 +33,7 @@ class Convention:
 
     def __post_init__(self) -> None:
         for template in (self.weight, self.scale):
-            if template.count("{}") != 1:
+            if not isinstance(template, str) or template.count("{}") != 1:
                 raise OptionError(f"convention {self.name!r}: {template!r} must hold exactly one {{}}")
         if self.weight == self.scale:
             raise OptionError(f"convention {self.name!r}: weight and scale are both {self.weight!r}")

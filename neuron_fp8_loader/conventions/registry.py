@@ -57,9 +57,11 @@ def register(convention: Convention) -> None:
     """Add a convention of one's own; it is tried before the published ones, and named where both fit.
 
     Raises:
-        OptionError: the name is taken by another rule, or the rule beats one that is not known.
+        OptionError: the name is taken by another rule, the rule beats one that is not known, or is no Convention.
     """
     global _registry
+    if not isinstance(convention, Convention):
+        raise OptionError(f"register({convention!r}): expected a Convention")
     for known in _registry:
         if known.name == convention.name and known != convention:
             raise OptionError(f"a convention called {convention.name!r} is registered already: {known}")

@@ -5,15 +5,63 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ..errors import HostMemoryError, WeightError
+from .units import size
+
 
 def allocate(nbytes: int) -> torch.Tensor:
     """Uninitialized uint8 [nbytes] on the CPU, whatever the default device is (a loader may run inside
-    ``torch.device("meta")``)."""
-    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    ``torch.device("meta")``).
+
+    Raises:
+        WeightError: as ``check_mode``.
+        RuntimeError: torch's, if there is not enough; ``needing`` makes an error of ours of it.
+    """
+    fresh = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    if type(fresh) is not torch.Tensor:
+        check_mode()
+    return fresh
+
+
+def check_mode() -> None:
+    """Raise WeightError inside a mode in which torch makes no real tensors (``FakeTensorMode``)."""
+    made = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if type(made) is not torch.Tensor:
+        raise WeightError(
+            f"a torch mode is on that makes a {type(made).__name__} where a tensor is asked for; load and rescale "
+            "weights outside of it"
+        )
+
+
+@contextmanager
+def needing(nbytes: int, source: str) -> Iterator[None]:
+    """Raise HostMemoryError, saying how much was needed, where memory ends within the block.
+
+    Args:
+        nbytes: about how much the block takes.
+        source: what for.
+    """
+    try:
+        yield
+    except HostMemoryError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory", "not enough memory"
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        known = "" if limit == resource.RLIM_INFINITY else f"; this process may have {size(limit)} (ulimit -v)"
+        raise HostMemoryError(
+            f"{source}: not enough memory: {size(nbytes)} needed for its tensors, which the system did not "
+            f"give{known}. Free memory, raise the limit, or load one shard at a time"
+        ) from error
 
 
 def populate(raw: torch.Tensor, start: int, end: int) -> None:

@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TypeVar, cast
+
+from .signals import uninterrupted
 
 PIECE = 1 << 20
 """Bytes that one thread reads and translates at a time: small enough to be in cache still when translated."""
@@ -19,34 +20,53 @@ Job = TypeVar("Job")
 
 
 def run(jobs: Sequence[Job], work: Callable[[Job], None], threads: int) -> None:
-    """Call ``work`` on every job, in order of the list, on up to ``threads`` threads. The first error ends it all."""
-    threads = min(threads, len(jobs))
-    if threads <= 1:
-        for job in jobs:
-            work(job)
-        return
+    """Call ``work`` on every job, in order of the list, on up to ``threads`` threads, the caller's own among them.
+
+    The first error, or an interrupt, ends it all: jobs that have not begun are left, those that have are waited for.
+    Where the system gives no more threads, those that there are do all the work.
+    """
     queue, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
 
     def drain() -> None:
         while not stop.is_set():
             with lock:
-                job = next(queue, None)
-            if job is None:
+                job = next(queue, queue)  # a job may be None
+            if job is queue:
                 return
-            try:
-                work(job)
-            except BaseException:
-                stop.set()
-                raise
+            work(job)  # type: ignore[arg-type]
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="neuron-fp8") as pool:
-        futures = [pool.submit(drain) for _ in range(threads)]
+    def help_out() -> None:
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()  # an interrupt too: the others finish their piece and leave
-            raise
+            drain()
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    helpers: list[threading.Thread] = []
+    try:
+        with uninterrupted():  # an interrupt in between would lose sight of a thread
+            _start(helpers, help_out, min(threads, len(jobs)) - 1)
+        drain()
+        for helper in helpers:
+            helper.join()
+    finally:
+        stop.set()
+        with uninterrupted():  # nothing may go on to work in memory and files that the caller is about to give up
+            for helper in helpers:
+                helper.join()
+    if errors:
+        raise errors[0]
+
+
+def _start(helpers: list[threading.Thread], target: Callable[[], None], count: int) -> None:
+    for number in range(count):
+        helper = threading.Thread(target=target, name=f"neuron-fp8_{number}")
+        try:
+            helper.start()
+        except (RuntimeError, MemoryError):  # "can't start new thread"
+            return
+        helpers.append(helper)
 
 
 def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
@@ -57,15 +77,19 @@ def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(bytes)``. The bar is drawn on stderr if ``show``; with None only on a terminal and after 2 s."""
-    if show is False or (show is None and not sys.stderr.isatty()):
+    """Yield ``advance(bytes)``. The bar is drawn on stderr if ``show``; with None only on a terminal and after 2 s.
+
+    Work does not fail for want of a bar: where stderr is missing, closed or broken, none is seen.
+    """
+    stream = _Stream(sys.stderr)
+    if show is False or (show is None and not stream.isatty()):
         yield lambda nbytes: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=Console(file=cast(IO[str], stream)), transient=True)
     task = bar.add_task(what, total=total)
     begin, lock, drawn = time.monotonic(), threading.Lock(), threading.Event()
 
@@ -81,3 +105,29 @@ def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int
         yield advance
     finally:
         bar.stop()
+
+
+class _Stream:
+    """As much of a text stream as rich uses, over one that may be None, closed, gone, or no stream at all."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "ascii"
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self._stream.isatty())
+        except Exception:
+            return False
+
+    def write(self, text: str) -> int:
+        with suppress(Exception):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())

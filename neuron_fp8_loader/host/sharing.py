@@ -56,8 +56,17 @@ def overlapping(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Dense CPU memory that can be looked into: not sparse, not on a device, not a subclass made of other tensors."""
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not hasattr(tensor, "__tensor_flatten__")
+    """Dense CPU memory that can be looked into: not sparse, not on a device, not a subclass made of other tensors, not
+    a fake one, and with its memory there (a storage can be resized to nothing under it)."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    if hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "fake_mode"):
+        return False
+    try:
+        address, nbytes = storage_id(tensor)
+        return tensor.numel() == 0 or (bool(address) and span(tensor)[1] <= nbytes)
+    except (RuntimeError, TypeError, ValueError):  # no storage; lengths that are symbols; not initialized
+        return False
 
 
 def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

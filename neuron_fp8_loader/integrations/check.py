@@ -11,19 +11,17 @@ from .. import conventions
 from ..codes.formats import E4M3FN, HALF
 from ..errors import WeightError, listing
 from ..host.memory import as_bytes
-from ..host.sharing import span
+from ..host.sharing import is_plain, span
 from ..load.checks import count_codes
 from ..options import Options
-
-_PACKED = (torch.uint8, torch.int8, torch.int32)
 
 
 def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) -> None:
     """Raise WeightError, naming them, for float8_e4m3fn weights with codes above 240.
 
     Args:
-        state_dict: name -> tensor, in any names; other values, tensors without data and e4m3fn scales of NVFP4
-            weights are passed over.
+        state_dict: name -> tensor, in any names; other values, tensors without data (meta, fake) and e4m3fn scales
+            of NVFP4 weights are passed over.
         source: where it comes from, for the message.
         options: ``nan="keep"`` lets NaN codes through, which are NaN to a GPU too; nothing lets the others through.
     """
@@ -42,12 +40,16 @@ def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) ->
 
 def is_weight(name: str, value: Any, state_dict: Mapping[str, Any]) -> bool:
     """Is this an e4m3fn weight on the CPU? Markers and scales of packed (NVFP4) weights are none."""
-    if not isinstance(value, torch.Tensor) or value.dtype != E4M3FN or value.device.type != "cpu":
+    if not isinstance(value, torch.Tensor) or value.dtype != E4M3FN or not is_plain(value):
         return False
     if conventions.is_marker(name, tuple(value.shape)):
         return False
     owners = (state_dict.get(owner) for owner in conventions.packed_owners(name))
-    return not any(isinstance(owner, torch.Tensor) and owner.dtype in _PACKED for owner in owners)
+    return not any(isinstance(owner, torch.Tensor) and _is_packed(owner) for owner in owners)
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    return str(tensor.dtype).removeprefix("torch.") in conventions.PACKED_DTYPES
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

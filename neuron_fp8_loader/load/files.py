@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Checkpoint, Decision, WeightJob, existing_file, open_checkpoint
+from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob, existing, existing_file, open_checkpoint
 from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, listing, printable
 from ..host.cache import cached, keep
+from ..host.memory import check_mode, needing
 from ..options import Options
 from ..plan import Plan, Recipe, Verdict, recipe_for
+from .arguments import check_backend, checked_device
 from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
 from .finish import finished
 from .layout import check_layout, prepare_layout
@@ -66,36 +68,58 @@ def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
 
 
 def load_file(
-    path: str | os.PathLike[str], device: str | int | torch.device = "cpu", **options: Unpack[OptionKeywords]
+    filename: str | os.PathLike[str],
+    device: str | int | torch.device = "cpu",
+    *,
+    backend: str = "mmap",
+    **options: Unpack[OptionKeywords],
 ) -> dict[str, torch.Tensor]:
     """Drop-in for ``safetensors.torch.load_file``: the tensors of one shard, Neuron-ready.
 
     A pair may reach into a sibling shard, found through the index beside it. What is decided there (does the weight
     fit?) is decided as for the whole checkpoint, so shards that are loaded one by one go together.
 
-    Args, Returns, Raises: as ``load_state_dict``, for one file; ``device`` is where the tensors go once rescaled.
+    Args:
+        filename: one ``.safetensors`` file.
+        device: where the tensors go once rescaled.
+        backend: taken because safetensors 0.8 takes it, and without effect: bytes are always read by ``preadv``,
+            straight into tensors with memory of their own.
+        **options: see ``Options``.
+
+    Returns, Raises: as ``load_state_dict``, for one file.
     """
-    loaded = load_checkpoint(existing_file(path, "load_file"), **options).state_dict
-    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
+    target = checked_device(device)
+    check_backend(backend)
+    loaded = load_checkpoint(existing_file(filename, "load_file"), **options).state_dict
+    return {name: t.to(target) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
 def load_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> LoadedCheckpoint:
     """``load_state_dict``, with the plan and a report of what was done. Same arguments and errors."""
     begin = time.perf_counter()
     chosen = Options.of(options)
-    checkpoint = open_checkpoint(path)
+    place = existing(path)
+    with needing(bytes_on_disk(place), str(path)):  # headers are read through a map of the whole file
+        checkpoint = open_checkpoint(place)
     recipe = recipe_for(checkpoint, chosen)
     plan = recipe.plan
     for warning in plan.warnings:
-        log.warning("%s: %s", plan.source, warning)
+        log.warning("%s: %s", printable(plan.source), warning)
     state_dict, report = load_by(checkpoint, recipe, chosen)
     report.seconds = time.perf_counter() - begin
-    log.info("%s: %s", plan.source, report.summary())
+    log.info("%s: %s", printable(plan.source), report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
+
+
+def bytes_on_disk(path: Path) -> int:
+    """How long the weight files at a path are together; 0 where there are none."""
+    files = [*path.glob("*.safetensors"), *path.glob("*.bin")] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[dict[str, torch.Tensor], Report]:
     """Load the selected files of a checkpoint by a recipe for the whole of it."""
+    check_mode()
     names = [info.name for info in checkpoint.selected_tensors()]
     mapped = checkpoint.source.mapped()
     if mapped is not None:
@@ -138,6 +162,13 @@ class _Load:
         decisions = self._decisions()
         jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.weights}
         infos = [recipe.plan.tensors[name] for name in recipe.steps]
+        with needing(sum(info.nbytes for info in infos), recipe.plan.source):
+            return self._read(decisions, infos, jobs)
+
+    def _read(
+        self, decisions: dict[str, Decision], infos: list[TensorInfo], jobs: dict[str, WeightJob]
+    ) -> tuple[dict[str, torch.Tensor], Report]:
+        recipe = self.recipe
         tensors, counts = self.source.read(infos, jobs, self.threads, self.options.progress)
         check_weights(recipe, counts)
         verdict = self._verdict(decisions, counts)

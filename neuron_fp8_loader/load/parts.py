@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob
 from ..codes.requantize import Fidelity
+from ..host.memory import needing
 from ..options import Options
 from ..plan import Recipe, Step, Verdict
 from .checks import check_weights, new_scales
@@ -51,6 +52,12 @@ class Parts:
         part = self._recipe.within(self._needed(wanted))
         headers = [part.plan.tensors[name] for name in part.steps]
         jobs = {step.name: self._job(step) for step in part.weights}
+        with needing(sum(info.nbytes for info in headers), part.plan.source):
+            return self._read(part, headers, jobs, wanted)
+
+    def _read(
+        self, part: Recipe, headers: Sequence[TensorInfo], jobs: dict[str, WeightJob], wanted: list[Step]
+    ) -> dict[str, torch.Tensor]:
         tensors, counts = self._checkpoint.source.read(headers, jobs, self._threads)
         check_weights(part, counts)
         scales = new_scales(part, tensors, self._verdict)

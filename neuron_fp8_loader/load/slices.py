@@ -17,6 +17,7 @@ from ..errors import CheckpointError, OptionError
 from ..host.memory import as_bytes
 from ..options import Options
 from ..plan import ALL, Plan, Step, recipe_for
+from .arguments import check_backend, checked_device
 from .checks import check_weights
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ class safe_open:
         filename: one ``.safetensors`` file; scales may be in the shards that an index beside it lists.
         framework: ``"pt"``.
         device: where the values go once converted.
+        backend: taken because safetensors 0.8 takes it, and without effect: the file is mapped.
         **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
 
     Raises:
         CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout`` or
-            ``dequantize``. Reading raises
-        WeightError and ScaleError as ``load_file`` does, for the slice at hand.
+            ``dequantize``. Reading raises WeightError and ScaleError as ``load_file`` does, for the slice at hand.
     """
 
     def __init__(
@@ -48,10 +49,13 @@ class safe_open:
         filename: str | os.PathLike[str],
         framework: str = "pt",
         device: str | int | torch.device = "cpu",
+        *,
+        backend: str = "mmap",
         **options: Unpack[OptionKeywords],
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
+        check_backend(backend)
         file = existing_file(filename, "safe_open")
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{filename}: is no .safetensors file, which is what safe_open takes")
@@ -61,7 +65,7 @@ class safe_open:
         checkpoint = open_checkpoint(file)
         self._recipe = recipe_for(checkpoint, self._options)
         self.plan: Plan = self._recipe.plan
-        self._device = device
+        self._device = checked_device(device)
         self._file = safetensors.safe_open(str(file), framework="pt", device="cpu")
         check_unchanged(file, checkpoint.stamps[file])
 
@@ -108,7 +112,7 @@ class safe_open:
         step = self._recipe.steps[name]
         if step.role == "weight":
             part = self._weight(step, part)
-        elif step.role == "scale" or step.action == "scale":
+        elif step.role in ("scale", "activation scale"):
             where = self.plan.where(name)
             if self._options.nan == "error":
                 check_scale(part, where)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import describe
+from ..checkpoint import TensorInfo, describe
 from ..codes.formats import E4M3FN, OTHER_FORMATS, Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import rescaled
 from ..errors import OptionError, WeightError, listing
-from ..host.memory import allocate, as_bytes, shaped
+from ..host.memory import allocate, as_bytes, check_mode, needing, shaped
 from ..host.parallel import pieces, run
 from ..host.sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
+from ..host.signals import uninterrupted
 from ..options import Options
 from ..plan import Recipe, Verdict, make_plan, make_recipe
 from .checks import Tensors, check_weights, count_codes, laid_out_overflow, new_scales
@@ -38,7 +40,10 @@ def rescale_state_dict(
     Args:
         state_dict: name -> tensor, with the names of any known convention. Other values pass as they are.
         inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantized or
-            float8_e4m3fnuz weights). Nothing is written before everything has been checked and all memory is there.
+            float8_e4m3fnuz weights). Nothing is written before every weight and scale has been checked and memory for
+            new tensors is there; from then on an interrupt (Ctrl-C, any signal with a handler in Python) waits until
+            all is written, so that ``state_dict`` is converted whole or not at all. A process that is killed, or in
+            which one write fails, leaves it in between.
         **options: see ``Options``.
 
     Returns:
@@ -46,12 +51,29 @@ def rescale_state_dict(
         the caller's own. Tensors that share memory are rescaled once and share afterwards.
 
     Raises:
-        Fp8LoaderError: as ``load_state_dict``.
+        Fp8LoaderError: as ``load_state_dict``; OptionError: ``state_dict`` is no mapping. WeightError also: an FP8
+            weight or its scale has no dense CPU memory of its own (meta and fake tensors, wrapper subclasses,
+            storages resized to 0, other devices), or its name is no string.
     """
     chosen = Options.of(options)
-    infos = {name: describe(name, t) for name, t in state_dict.items() if isinstance(t, torch.Tensor)}
-    recipe = make_recipe(make_plan(infos, "state dict"), chosen)
+    recipe = make_recipe(make_plan(_headers(state_dict), "state dict"), chosen)
     return rescale_by(state_dict, recipe, chosen, inplace=inplace)[0]
+
+
+def _headers(state_dict: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    if not isinstance(state_dict, Mapping):
+        raise OptionError(f"expected a state dict, name -> tensor, not a {type(state_dict).__name__}")
+    infos = {}
+    for name, t in state_dict.items():
+        if not isinstance(t, torch.Tensor):
+            continue
+        if not isinstance(name, str):
+            raise WeightError(f"state dict: {name!r} is a {type(name).__name__}; names of tensors are strings")
+        try:
+            infos[name] = describe(name, t)
+        except (RuntimeError, ValueError) as error:  # lazy modules, whose parameters have no shape yet
+            raise WeightError(f"state dict: {name}: a {type(t).__name__} without a shape: {error}") from error
+    return infos
 
 
 def rescale_by(
@@ -62,6 +84,22 @@ def rescale_by(
     threads = options.thread_count()
     if inplace and not isinstance(state_dict, MutableMapping):
         raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
+    if not isinstance(inplace, bool):
+        raise OptionError(f"inplace={inplace!r}: expected True or False")
+    check_mode()
+    with needing(_memory(recipe, inplace), recipe.plan.source):
+        return _rescale(state_dict, recipe, options, threads, begin, inplace)
+
+
+def _memory(recipe: Recipe, inplace: bool) -> int:
+    """About how many bytes new tensors take."""
+    named = [recipe.plan.tensors[step.name] for step in recipe.steps.values() if step.action != "keep"]
+    return 0 if inplace else sum(info.nbytes for info in named)
+
+
+def _rescale(
+    state_dict: Mapping[str, Any], recipe: Recipe, options: Options, threads: int, begin: float, inplace: bool
+) -> tuple[dict[str, Any], Report]:
     _check_readable(recipe, state_dict)
     # what cannot be looked into (sparse, on a device, a subclass) needs no change either: that has been checked
     tensors = {name: t.detach() for name, t in state_dict.items() if isinstance(t, torch.Tensor) and is_plain(t)}
@@ -78,18 +116,18 @@ def rescale_by(
     # nothing of the caller's has been written so far, and all that takes memory comes before what writes
     prepared = prepare_layout(recipe, tensors, scales, threads, inplace=inplace)
     others = _from_another_format(recipe, tensors, threads)
-    changed = _change(recipe, tensors, convert, scales, threads, inplace)
-    made = changed | prepared.carry_out(threads) | others
+    with uninterrupted() if inplace else nullcontext():
+        changed = _change(recipe, tensors, convert, scales, threads, inplace)
+        made = changed | prepared.carry_out(threads) | others
+        result = finished(recipe, state_dict, made)
+        if inplace:
+            assert isinstance(state_dict, MutableMapping)  # checked above
+            for name in state_dict.keys() - result.keys():
+                del state_dict[name]
+            state_dict.update({name: value for name, value in result.items() if value is not state_dict.get(name)})
     report = make_report(recipe, options, tensors, counts, verdict, scales, prepared.fidelity)
-    result = finished(recipe, state_dict, made)
     report.seconds = time.perf_counter() - begin
-    if not inplace:
-        return result, report
-    assert isinstance(state_dict, MutableMapping)  # checked above
-    for name in state_dict.keys() - result.keys():
-        del state_dict[name]
-    state_dict.update({name: value for name, value in result.items() if value is not state_dict.get(name)})
-    return state_dict, report  # type: ignore[return-value]
+    return (state_dict if inplace else result), report  # type: ignore[return-value]
 
 
 def _check_readable(recipe: Recipe, state_dict: Mapping[str, Any]) -> None:
@@ -101,8 +139,10 @@ def _check_readable(recipe: Recipe, state_dict: Mapping[str, Any]) -> None:
         if hasattr(t, "__tensor_flatten__") and _holds_fp8(t):
             problems.append(f"{name}: is a {type(t).__name__} with FP8 inside; flatten it into weight and scale")
         elif name in needed and not is_plain(t):
-            kind = t.device if t.device.type != "cpu" else f"a {type(t).__name__} of layout {t.layout}"
-            problems.append(f"{name}: is on {kind}; rescale it on the CPU, as a dense tensor with its data")
+            kind = (
+                f"on {t.device}" if t.device.type != "cpu" else f"a {type(t).__name__} without dense memory behind it"
+            )
+            problems.append(f"{name}: is {kind}; rescale it on the CPU, as a dense tensor with its data")
     if problems:
         raise WeightError(f"{recipe.plan.source}: cannot read {listing('tensor', sorted(problems))}")
 

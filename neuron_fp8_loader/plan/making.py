@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..checkpoint.declared import Declared, read_declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity, granularity
-from ..errors import PlanError
+from ..errors import PlanError, printable
 from ..host.cache import cached
 from ..options import Options, What
 from .plan import ActivationScale, Pair, Plan
@@ -34,6 +34,7 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
     Raises:
         CheckpointError: files missing, left over, broken or contradictory.
         PlanError: ambiguous or impossible pairs, all of them at once.
+        OptionError: ``path`` is no path.
     """
     return plan_for(open_checkpoint(path))
 
@@ -121,7 +122,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),
         declared=declared,
-        warnings=(*declared.remarks, *_disagreements(declared, bool(weights))),
+        warnings=tuple(map(printable, (*declared.remarks, *_disagreements(declared, bool(weights))))),
     )
 
 

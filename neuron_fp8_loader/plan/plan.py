@@ -12,6 +12,7 @@ from ..checkpoint import TensorInfo
 from ..checkpoint.declared import Declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity
+from ..errors import printable
 from ..host.units import size
 
 
@@ -106,9 +107,9 @@ class Plan:
         return renamed
 
     def where(self, name: str) -> str:
-        """``file: tensor`` for messages."""
+        """``file: tensor`` for messages, which end up on terminals: ``printable``."""
         info = self.tensors.get(name)
-        return f"{info.file if info and info.file else self.source}: {name}"
+        return printable(f"{info.file if info and info.file else self.source}: {name}")
 
     def summary(self) -> str:
         """The plan in a few lines."""

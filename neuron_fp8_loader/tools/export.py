@@ -24,7 +24,7 @@ from ..load.parts import Parts
 from ..options import Options
 from ..plan import Recipe, Verdict, converted, recipe_for
 from .scan import scan
-from .shards import beside, nbytes_after, write_bin, write_safetensors
+from .shards import PARTIAL, beside, copy_beside, nbytes_after, write_bin, write_safetensors
 
 STATE = ".neuron-fp8-export.json"
 """The file in OUT that says what is being exported to it."""
@@ -110,8 +110,7 @@ class Export:
     def _write(self) -> None:
         parts = Parts(self.checkpoint, self.recipe, self.verdict, self.options)
         for other in self.others:
-            with beside(self.out / other) as temporary:
-                shutil.copyfile(self.base / other, temporary)
+            copy_beside(self.base / other, self.out / other)
         by_file = _by_file(self.checkpoint)
         left = [file for file in self.checkpoint.files if file.relative_to(self.base) not in self.done]
         total = sum(info.nbytes for file in left for info in by_file[file])
@@ -131,8 +130,7 @@ class Export:
                 elif infos:
                     write_safetensors(target, infos, parts, self.recipe, note, advance)
                 else:
-                    with beside(target) as temporary:
-                        shutil.copyfile(file, temporary)
+                    copy_beside(file, target)
                 self.done.append(file.relative_to(self.base))
         if self.checkpoint.index:
             self._write_index(self.checkpoint.index)
@@ -141,19 +139,20 @@ class Export:
         content = json.loads(index.read_text(encoding="utf-8"))
         infos = self.checkpoint.tensors.values()
         total = nbytes_after(infos, self.recipe)
-        with beside(self.out / index.relative_to(self.base)) as temporary:
-            if total == sum(info.nbytes for info in infos):
-                shutil.copyfile(index, temporary)
-            else:
-                dropped = {step.name for step in self.recipe.doing("drop")}
-                content["weight_map"] = {n: file for n, file in content["weight_map"].items() if n not in dropped}
-                metadata = content.get("metadata")
-                content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
-                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        target = self.out / index.relative_to(self.base)
+        if total == sum(info.nbytes for info in infos):
+            copy_beside(index, target)
+            return
+        dropped = {step.name for step in self.recipe.doing("drop")}
+        content["weight_map"] = {n: file for n, file in content["weight_map"].items() if n not in dropped}
+        metadata = content.get("metadata")
+        content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+        with beside(target) as file:
+            file.write(json.dumps(content, indent=2).encode())
 
     def _save_state(self) -> None:
-        with beside(self.out / STATE) as temporary:
-            temporary.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
+        with beside(self.out / STATE) as file:
+            file.write(json.dumps(self.state, indent=1).encode())
 
 
 def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Export:
@@ -201,7 +200,8 @@ def _check_place(path: Path, base: Path, out: Path) -> None:
 
 def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     """The state of an interrupted export of the same thing, {} for a fresh directory; else ExportError."""
-    if not out.is_dir() or not any(out.iterdir()):
+    # a first run that was killed as it wrote its note leaves but a part of that
+    if not out.is_dir() or all(file.name == STATE + PARTIAL for file in out.iterdir()):
         return {}
     try:
         state = json.loads((out / STATE).read_text(encoding="utf-8"))

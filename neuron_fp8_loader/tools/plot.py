@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..codes.formats import LARGEST_FIT, NAN_CODE
-from ..errors import OptionError
+from ..errors import OptionError, printable
 from .scan import Scan
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)$")
@@ -45,7 +47,7 @@ def write_plot(scan: Scan, path: str) -> None:
         _map(alt, scan, width), _layers(alt, scan, width), _codes(alt, scan, width), spacing=28
     ).properties(
         title=alt.TitleParams(
-            Path(scan.plan.source).name,
+            printable(Path(scan.plan.source).name),
             subtitle=f"{scan.as_inf + scan.as_nan:,} of {scan.numel:,} FP8 codes are above 240, "
             f"in {len(scan.worst())} of {len(scan.weights)} weights",
             fontSize=18,
@@ -57,13 +59,24 @@ def write_plot(scan: Scan, path: str) -> None:
     if path.endswith(".png"):
         chart.save(path, ppi=110)
     else:
-        chart.save(path, inline=True)
+        chart.save(path, inline=True, json_kwds={"cls": _ForHtml})
+
+
+class _ForHtml(json.JSONEncoder):
+    """JSON that stays within its ``<script>``, whatever the names in it are; HTML looks for ``</script>`` first."""
+
+    def iterencode(self, o: Any, _one_shot: bool = False) -> Iterator[str]:
+        for part in super().iterencode(o, _one_shot):
+            yield part.replace("<", "\\u003c")
+
+    def encode(self, o: Any) -> str:
+        return "".join(self.iterencode(o))
 
 
 def module_kind(weight: str) -> tuple[str, str]:
     """(layer, kind) of a weight: ``model.layers.3.mlp.experts.7.up_proj.weight`` is ("3", "mlp.experts.*.up_proj");
     outside of layers the layer is "-"."""
-    name = _SUFFIX.sub("", weight)
+    name = _SUFFIX.sub("", printable(weight))
     found = _LAYER.search(name)
     if not found:
         return _ELSEWHERE, name

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -39,18 +40,35 @@ def _nbytes(info: TensorInfo, step: Step) -> int:
     return math.prod(step.shape) * bits // 8
 
 
+PARTIAL = ".partial"
+"""What the name of a file ends in until it is whole."""
+
+
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A name to write under; renamed to ``target`` if the block succeeds, removed if it does not."""
-    temporary = target.with_name(target.name + ".partial")
+def beside(target: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, renamed to ``target`` if the block succeeds and removed if it does not.
+
+    The file is made by this call: what a killed run left under its name is removed first, and a link that somebody
+    planted there is not followed.
+    """
+    temporary = target.with_name(target.name + PARTIAL)
     target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        with open(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy a file as it is, by way of ``beside``."""
+    with open(source, "rb") as old, beside(target) as new:
+        shutil.copyfileobj(old, new)
 
 
 def write_safetensors(
@@ -95,7 +113,7 @@ def write_safetensors(
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with beside(target) as temporary, open(temporary, "wb") as handle:
+    with beside(target) as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for batch in batches(infos):
             loaded = parts.load(batch)
@@ -117,8 +135,8 @@ def write_bin(target: Path, infos: Sequence[TensorInfo], parts: Parts, advance: 
             if info.name not in loaded:  # the scale of a dequantized weight
                 del state[info.name]
         advance(sum(info.nbytes for info in batch))
-    with beside(target) as temporary:
-        torch.save(state, temporary)
+    with beside(target) as handle:
+        torch.save(state, handle)
 
 
 def _header(file: Path) -> dict[str, Any]:

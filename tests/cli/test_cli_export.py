@@ -276,3 +276,61 @@ def test_split_shards_of_a_real_checkpoint(tmp_path: Path) -> None:
     index = "model.safetensors.index.json"
     assert (tmp_path / "out" / index).read_bytes() == (path / index).read_bytes()
     assert run("verify", tmp_path / "out", "--against", path).exit_code == 0
+
+
+# -- a directory that others can write to ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ext", [".safetensors", ".bin"])
+def test_a_planted_link_is_not_followed(tmp_path: Path, ext: str) -> None:
+    """A link under the name that each file has before it is whole, to a file that is not ours."""
+    path, out, theirs = tmp_path / "c", tmp_path / "out", tmp_path / "theirs"
+    if ext == ".bin":
+        path.mkdir()
+        torch.save(layer(0), path / "pytorch_model.bin")
+        (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    else:
+        sharded(path, layer(0), {"norm.weight": torch.ones(3)})
+    made = prepare_export(path, out)
+    made.state = made._decided()
+    out.mkdir()
+    (out / STATE).write_text(json.dumps(made.state))  # an export that was broken off
+    theirs.write_text("precious")
+    for name in [STATE, *(file.name for file in path.iterdir())]:
+        (out / f"{name}.partial").symlink_to(theirs)
+    result = run("export", path, out)
+    assert result.exit_code == 0, result.output
+    assert theirs.read_text() == "precious"
+    assert {file.name for file in out.iterdir()} == {STATE, *(file.name for file in path.iterdir())}
+    assert not any(file.is_symlink() for file in out.iterdir())
+    assert run("verify", out, "--against", path).exit_code == 0
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_run_killed_as_it_wrote_its_note_is_resumed(tmp_path: Path, planted: bool) -> None:
+    path, out, theirs = sharded(tmp_path / "c", layer(0)), tmp_path / "out", tmp_path / "theirs"
+    out.mkdir()
+    left = out / f"{STATE}.partial"
+    if planted:
+        theirs.write_text("precious")
+        left.symlink_to(theirs)
+    else:
+        left.write_text('{"version": "0.1')
+    assert run("export", path, out).exit_code == 0
+    assert not planted or theirs.read_text() == "precious"
+    assert same(on_disk(out), load_state_dict(path))
+
+
+def test_anything_else_in_it_is_still_refused(tmp_path: Path) -> None:
+    path, out = sharded(tmp_path / "c", layer(0)), tmp_path / "out"
+    out.mkdir()
+    (out / f"{STATE}.partial").write_text("{")
+    (out / "thesis.tex").write_text("years of work")
+    assert "not an export of ours" in one_line(run("export", path, out))
+    assert {f.name for f in out.iterdir()} == {f"{STATE}.partial", "thesis.tex"}
+
+
+def test_a_directory_in_the_place_of_a_file_is_an_error(tmp_path: Path) -> None:
+    path, out = sharded(tmp_path / "c", layer(0)), tmp_path / "out"
+    (out / f"{STATE}.partial").mkdir(parents=True)
+    assert f"{STATE}.partial" in one_line(run("export", path, out))
