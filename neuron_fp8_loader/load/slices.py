@@ -15,7 +15,7 @@ from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
 from ..errors import CheckpointError, OptionError
-from ..host.memory import as_bytes
+from ..host.memory import as_bytes, check_mode
 from ..options import Options
 from ..plan import ALL, Plan, Step, recipe_for
 from .checks import check_weights
@@ -94,6 +94,7 @@ class safe_open:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, converted."""
+        check_mode()
         with torch.device("cpu"):  # safetensors obeys a default device, and may run inside `torch.device("meta")`
             return self._ready(name, self._file.get_tensor(name))
 
@@ -144,5 +145,6 @@ class Slice:
         return str(self._part.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        check_mode()
         with torch.device("cpu"):  # as in get_tensor
             return self._owner._ready(self._name, self._part[index])
