@@ -84,13 +84,17 @@ _MODULES = {"kernel": "codes.kernel"} | {part: part for part in _PARTS}
 if not TYPE_CHECKING:  # a checker knows the names from above, and tells of others
 
     def __getattr__(name: str) -> Any:
-        if name in _MODULES:
-            value = import_module(f".{_MODULES[name]}", __name__)
-        elif name in _HOMES:
-            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        part, home = _MODULES.get(name), _HOMES.get(name)
+        if part is not None:
+            value = import_module(f".{part}", __name__)
+        elif home is not None:
+            value = getattr(import_module(f".{home}", __name__), name)
+        elif name in globals():  # another thread has just brought it
+            return globals()[name]
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
+        _HOMES.pop(name, None)  # once here it is like any other attribute: it can be replaced and deleted
         return value
 
     def __dir__() -> list[str]:

@@ -197,3 +197,10 @@ def test_an_attribute_that_is_not_there():
         neuron_fp8_loader.load_everything  # noqa: B018
     assert set(neuron_fp8_loader.__all__) <= set(dir(neuron_fp8_loader))
     assert neuron_fp8_loader.errors is errors
+
+
+def test_an_attribute_that_is_taken_away(monkeypatch):
+    monkeypatch.delattr(neuron_fp8_loader, "load_file")
+    assert not hasattr(neuron_fp8_loader, "load_file")
+    monkeypatch.undo()
+    assert neuron_fp8_loader.load_file.__name__ == "load_file"

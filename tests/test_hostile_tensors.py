@@ -11,7 +11,7 @@ import torch
 from support import TINY, codes, same_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neuron_fp8_loader import OptionError, WeightError, load_state_dict, rescale_state_dict
+from neuron_fp8_loader import OptionError, WeightError, load_state_dict, rescale_state_dict, safe_open
 from neuron_fp8_loader.integrations.check import check_ready
 from neuron_fp8_loader.options import Options
 
@@ -109,6 +109,8 @@ def test_inside_a_fake_mode() -> None:
             rescale_state_dict(tensors, inplace=True)
         with pytest.raises(WeightError, match="outside of it"):
             load_state_dict(TINY)
+        with safe_open(TINY / "model.safetensors") as opened, pytest.raises(WeightError, match="outside of it"):
+            opened.get_tensor(opened.keys()[0])
     assert same_bytes(tensors["m.weight"], weight())
 
 

@@ -1,6 +1,7 @@
 """What loads take and leave behind, measured in fresh processes: peak, slope, descriptors, threads.
 
-Each bound is about twice what was measured when it was set, so that a test fails when what it watches doubles.
+A load's peak was its tensors and under 1 MiB more when this was written, a rescale in place 0.2 MiB, a scan 4 MiB,
+growth 0.03 MiB: the bounds leave room for another allocator, and fail where the part that matters doubles.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def peak(action):
     kept = action()
     return status("VmHWM") - before
 
+os.environ["NEURON_FP8_LOADER_THREADS"] = "4"  # each takes a piece
 small, large, many = sys.argv[1:4]
 """
 
@@ -91,8 +93,8 @@ print(json.dumps({
     assert 0.9 * size < found["loaded"] < 1.25 * size, found
     assert 0.9 * size < found["to rows"] < 1.25 * size, found
     assert found["copied"] < 1.25 * size, found
-    assert found["in place"] < 16 * MIB, found
-    assert found["scanned"] < 48 * MIB, found
+    assert found["in place"] < 2 * MIB, found
+    assert found["scanned"] < 10 * MIB, found
 
 
 def test_many_loads_leave_nothing_behind(places: tuple[Path, Path, Path]) -> None:
@@ -122,7 +124,7 @@ print(json.dumps({
 """,
         *places,
     )
-    assert found["grown"] < 4 * MIB, found  # over 300 rounds of a file
+    assert found["grown"] < MIB // 2, found  # over 300 rounds of a file
     assert found["descriptors"] == 0, found
     assert found["threads"] == 0, found
     assert found["threads of the system"] <= 0, found

@@ -40,6 +40,10 @@ def check_mode() -> None:
         )
 
 
+# torch raises plain RuntimeErrors: "DefaultCPUAllocator: can't allocate memory", "... not enough memory"
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+
+
 @contextmanager
 def needing(nbytes: int, source: str) -> Iterator[None]:
     """Raise HostMemoryError, saying how much was needed, where memory ends within the block.
@@ -53,8 +57,7 @@ def needing(nbytes: int, source: str) -> Iterator[None]:
     except HostMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
-        # torch raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory", "not enough memory"
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
             raise
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         known = "" if limit == resource.RLIM_INFINITY else f"; this process may have {size(limit)} (ulimit -v)"

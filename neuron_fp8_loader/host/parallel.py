@@ -25,6 +25,11 @@ def run(jobs: Sequence[Job], work: Callable[[Job], None], threads: int) -> None:
     The first error, or an interrupt, ends it all: jobs that have not begun are left, those that have are waited for.
     Where the system gives no more threads, those that there are do all the work.
     """
+    threads = min(threads, len(jobs))
+    if threads <= 1:
+        for job in jobs:
+            work(job)
+        return
     queue, lock, stop = iter(jobs), threading.Lock(), threading.Event()
     errors: list[BaseException] = []
 
@@ -46,7 +51,7 @@ def run(jobs: Sequence[Job], work: Callable[[Job], None], threads: int) -> None:
     helpers: list[threading.Thread] = []
     try:
         with uninterrupted():  # an interrupt in between would lose sight of a thread
-            _start(helpers, help_out, min(threads, len(jobs)) - 1)
+            _start(helpers, help_out, threads - 1)
         drain()
         for helper in helpers:
             helper.join()

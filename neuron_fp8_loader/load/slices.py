@@ -14,7 +14,7 @@ from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
 from ..errors import CheckpointError, OptionError
-from ..host.memory import as_bytes
+from ..host.memory import as_bytes, check_mode
 from ..options import Options
 from ..plan import ALL, Plan, Step, recipe_for
 from .arguments import check_backend, checked_device
@@ -96,6 +96,7 @@ class safe_open:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, converted."""
+        check_mode()
         with torch.device("cpu"):  # safetensors obeys a default device, and may run inside `torch.device("meta")`
             return self._ready(name, self._file.get_tensor(name))
 
@@ -146,5 +147,6 @@ class Slice:
         return str(self._part.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        check_mode()
         with torch.device("cpu"):  # as in get_tensor
             return self._owner._ready(self._name, self._part[index])

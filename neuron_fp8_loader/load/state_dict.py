@@ -93,8 +93,9 @@ def rescale_by(
 
 def _memory(recipe: Recipe, inplace: bool) -> int:
     """About how many bytes new tensors take."""
-    named = [recipe.plan.tensors[step.name] for step in recipe.steps.values() if step.action != "keep"]
-    return 0 if inplace else sum(info.nbytes for info in named)
+    tensors = recipe.plan.tensors
+    changing = [step for step in recipe.steps.values() if step.action != "keep"]
+    return sum(tensors[s.name].nbytes for s in changing if not inplace or s.dtype != tensors[s.name].dtype)
 
 
 def _rescale(
