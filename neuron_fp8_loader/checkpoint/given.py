@@ -36,7 +36,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is none; the text says what the path looks like and what to do.
         OptionError: not a path at all.
     """
-    if not isinstance(path, str | bytes | os.PathLike):
+    if not isinstance(path, str | os.PathLike):
         raise OptionError(f"path={path!r}: expected a path, not a {type(path).__name__}")
     given = os.fsdecode(path)
     if not given:

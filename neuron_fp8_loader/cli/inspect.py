@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..codes.formats import OTHER_FORMATS
 from ..host.units import size
 from ..options import Options
 from .console import (
@@ -202,7 +201,7 @@ def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Sc
         lines.append(("pairs", f"{count} FP8 weights with {name}, {dtype} per {granularity}"))
     for names, what in (
         (plan.unscaled, "FP8 weights without a scale"),
-        (plan.other_formats, f"weights of {' and '.join(OTHER_FORMATS)}, converted by a table of their own"),
+        (plan.other_formats, "weights of another FP8 format, converted by a table of their own"),
         (plan.untouched_fp8, "e4m3fn tensors that are no weights, left alone"),
         (plan.activation_scales, "static activation and KV scales"),
     ):
