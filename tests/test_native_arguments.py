@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="no native extension")
 HUGE = 2**62
 CODES, OUT = torch.full((4, 6), 0x41, dtype=torch.uint8), torch.full((4, 6), 0x55, dtype=torch.uint8)
 RUNS = torch.zeros(4, 2, dtype=torch.uint8)
+WIDE, FACTORS = torch.full((4, 6), 7.0, dtype=torch.bfloat16), torch.ones(3, 2)
 BEFORE, AFTER = torch.ones(2, 2, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
 GOOD: dict[str, dict[str, object]] = {
     "translate": {
@@ -52,6 +53,23 @@ GOOD: dict[str, dict[str, object]] = {
         "after_size": 32,
     },
 }
+GOOD["dequantize"] = {
+    "path": "portable",
+    "src": CODES.data_ptr(),
+    "src_size": 24,
+    "src_stride": 6,
+    "dst": WIDE.data_ptr(),
+    "dst_size": 48,
+    "dst_stride": 6,
+    "rows": 4,
+    "columns": 6,
+    "height": 2,
+    "width": 4,
+    "top": 1,
+    "left": 2,
+    "scales": FACTORS.data_ptr(),
+    "scales_size": 24,
+}
 
 
 def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
@@ -68,20 +86,30 @@ def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
             bad += [(name, -1), (name, value - 1), (name, value + 1), (name, HUGE), (name, 2**63 - 1)]
         elif name in ("height", "width"):
             bad += [(name, 0), (name, -1), (name, -(2**63)), (name, 1)]
+        elif name in ("top", "left"):
+            bad += [(name, -1), (name, 4), (name, HUGE)]
+        elif name.endswith("_stride"):
+            bad += [(name, -1), (name, 5), (name, 7), (name, HUGE), (name, 2**63 - 1)]
         else:  # an address
             bad += [(name, 0), (name, 2**64 - 8)]
-            if name in ("before", "after"):
-                bad += [(name, value + 4)]
-            if name == "dst":
+            if name in ("before", "after", "scales"):
+                bad += [(name, value + 2)]
+            if name == "dst" and "src_stride" not in arguments:
                 bad += [(name, CODES.data_ptr() + 1)]
     return bad
 
 
+# dequantize is given all the memory that follows, and may take fewer columns of as many blocks
+FINE = [("dequantize", "columns", 5)]
+FINE += [
+    ("dequantize", name, value) for name, size in (("src_size", 24), ("dst_size", 48)) for value in (size + 1, HUGE)
+]
 CASES = [
     (call, name, value)
     for call, arguments in GOOD.items()
     for name, value in wrong(arguments)
     if (call, name) != ("histogram", "src_size") or value == -1  # any other size is one, too
+    if (call, name, value) not in FINE
 ]
 
 
@@ -93,10 +121,11 @@ def test_the_right_arguments_pass(call: str) -> None:
 @pytest.mark.parametrize(("call", "name", "value"), CASES)
 def test_one_wrong_argument(call: str, name: str, value: object) -> None:
     arguments = GOOD[call] | {name: value}
-    before = OUT.clone()
+    before, wide = OUT.clone(), WIDE.clone()
     with pytest.raises(ValueError, match=r"."):
         getattr(native, call)(*arguments.values())
     assert torch.equal(OUT, before)
+    assert torch.equal(WIDE, wide)
 
 
 @pytest.mark.parametrize("call", GOOD)

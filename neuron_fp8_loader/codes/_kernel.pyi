@@ -21,3 +21,21 @@ def requantize(
     after_size: int,
     /,
 ) -> tuple[float, float]: ...
+def dequantize(
+    path: str,
+    src: int,
+    src_size: int,
+    src_stride: int,
+    dst: int,
+    dst_size: int,
+    dst_stride: int,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    scales: int,
+    scales_size: int,
+    /,
+) -> None: ...

@@ -136,6 +136,43 @@ def requantize(
     return _kernel.requantize(active, *_span(src), *_span(dst), *shape, *_span(before), *_span(after))
 
 
+def dequantize(
+    src: torch.Tensor, dst: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], offset: tuple[int, int]
+) -> None:
+    """Write ``src x scale`` into ``dst``, each exact product rounded once. Native paths only.
+
+    Args:
+        src: uint8 [rows, columns] on the CPU, the codes of a row side by side.
+        dst: bfloat16 [rows, columns], likewise.
+        scales: float32 [ceil((offset[0] + rows) / block[0]), ceil((offset[1] + columns) / block[1])], contiguous.
+        block: (rows, columns) of a block, from 1 up.
+        offset: where in its first block ``src`` begins; less than ``block``.
+    """
+    _expect("scales", scales, torch.float32, 2)
+    rows, columns = src.shape
+    for name, t, dtype in (("src", src, torch.uint8), ("dst", dst, torch.bfloat16)):
+        if (
+            t.dtype != dtype
+            or t.shape != (rows, columns)
+            or (columns > 1 and t.stride(1) != 1)
+            or t.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"{name}: expected {dtype} {[rows, columns]} on the CPU with contiguous rows, not {t.dtype} "
+                f"{list(t.shape)} with strides {t.stride()} on {t.device}"
+            )
+    top, left = offset
+    size = _clamped(block[0], top + max(rows, 1)), _clamped(block[1], left + max(columns, 1))
+    _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
+
+
+def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:
+    """Where a matrix begins, how many bytes of its memory follow, and how many elements its rows are apart."""
+    size = matrix.element_size()
+    there = int(matrix.untyped_storage().nbytes()) - matrix.storage_offset() * size
+    return matrix.data_ptr(), there if matrix.numel() else 0, matrix.stride(0)
+
+
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Where a contiguous tensor's bytes lie, and how many they are."""
     return tensor.data_ptr(), tensor.numel() * tensor.element_size()

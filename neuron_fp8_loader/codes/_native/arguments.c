@@ -48,6 +48,11 @@ int check_length(const char *what, Py_ssize_t length) { return length >= 0 || wr
 
 int check_block(const char *what, Py_ssize_t length) { return length >= 1 || wrong(what, "is less than 1"); }
 
+int check_within(const char *what, Py_ssize_t place, Py_ssize_t block, Py_ssize_t length) {
+    if (place < 0 || place >= block) return wrong(what, "is not within a block");
+    return length <= PY_SSIZE_T_MAX - place || wrong(what, "ends outside the address space");
+}
+
 int check_apart(const char *what, span a, span b) {
     const int same = a.at == b.at && a.size == b.size;
     const int apart = a.at + (size_t)a.size <= b.at || b.at + (size_t)b.size <= a.at;

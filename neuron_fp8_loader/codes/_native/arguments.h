@@ -25,6 +25,9 @@ int check_rows(const char *what, span memory, size_t rows, size_t columns, size_
 int check_length(const char *what, Py_ssize_t length);
 int check_block(const char *what, Py_ssize_t length);
 
+/* A place within a block, from which `length` more are counted. */
+int check_within(const char *what, Py_ssize_t place, Py_ssize_t block, Py_ssize_t length);
+
 /* a x b, which must be a possible number of bytes. */
 int check_product(const char *what, size_t a, size_t b, size_t *product);
 

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "codes.h"
+#include "dequantize.h"
 #include "requantize.h"
 
 /* Below this a call is shorter than giving up the GIL and taking it back. */
@@ -18,14 +19,15 @@ static const struct {
     const char *name;
     fp8_translate_fn translate;
     fp8_run_fn run;
+    fp8_bf16_fn bf16;
 } PATHS[] = {
 #ifdef FP8_HAVE_AVX2
-    {"avx2", fp8_translate_avx2, fp8_run_avx2},
+    {"avx2", fp8_translate_avx2, fp8_run_avx2, fp8_bf16_avx2},
 #endif
 #ifdef FP8_HAVE_NEON
-    {"neon", fp8_translate_neon, fp8_run_portable},
+    {"neon", fp8_translate_neon, fp8_run_portable, fp8_bf16_portable},
 #endif
-    {"portable", fp8_translate_portable, fp8_run_portable},
+    {"portable", fp8_translate_portable, fp8_run_portable, fp8_bf16_portable},
 };
 #define N_PATHS (sizeof PATHS / sizeof *PATHS)
 
@@ -174,6 +176,41 @@ static PyObject *requantize(PyObject *self, PyObject *args) {
     return Py_BuildValue("(dd)", error.signal, error.noise);
 }
 
+static PyObject *dequantize(PyObject *self, PyObject *args) {
+    const char *name;
+    span src, dst, scales;
+    Py_ssize_t src_stride, dst_stride, rows, columns, height, width, top, left;
+    size_t grid;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sKnnKnnnnnnnnKn:dequantize", &name, &src.at, &src.size, &src_stride, &dst.at,
+                          &dst.size, &dst_stride, &rows, &columns, &height, &width, &top, &left, &scales.at,
+                          &scales.size))
+        return NULL;
+    if (!check_length("dequantize: rows", rows) || !check_length("dequantize: columns", columns) ||
+        !check_block("dequantize: height", height) || !check_block("dequantize: width", width) ||
+        !check_length("dequantize: src_stride", src_stride) || !check_length("dequantize: dst_stride", dst_stride) ||
+        !check_within("dequantize: top", top, height, rows) ||
+        !check_within("dequantize: left", left, width, columns))
+        return NULL;
+    const fp8_part part = {(size_t)rows, (size_t)columns, (size_t)src_stride, (size_t)dst_stride,
+                           (size_t)height, (size_t)width, (size_t)top, (size_t)left};
+    if (!check_rows("dequantize: src", src, part.rows, part.columns, part.src_stride, 1) ||
+        !check_rows("dequantize: dst", dst, part.rows, part.columns, part.dst_stride, sizeof(uint16_t)) ||
+        !check_product("dequantize: scales", blocks(part.top + part.rows, part.height),
+                       blocks(part.left + part.columns, part.width), &grid) ||
+        !check_span("dequantize: scales", scales, grid, sizeof(float)))
+        return NULL;
+    const int path = path_called(name);
+    if (path < 0) return NULL;
+    if (rows && columns) {
+        Py_BEGIN_ALLOW_THREADS
+        fp8_dequantize(PATHS[path].bf16, bytes_at(src), (uint16_t *)(uintptr_t)dst.at, &part,
+                       (const float *)(uintptr_t)scales.at);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef METHODS[] = {
     {"paths", paths, METH_NOARGS, "paths() -> list[str]: the paths that run here, fastest first."},
     {"translate", translate, METH_VARARGS,
@@ -184,6 +221,8 @@ static PyMethodDef METHODS[] = {
     {"requantize", requantize, METH_VARARGS,
      "requantize(path, src, size, dst, size, rows, columns, height, width, before, size, after, size)"
      " -> (signal, noise)."},
+    {"dequantize", dequantize, METH_VARARGS,
+     "dequantize(path, src, size, stride, dst, size, stride, rows, columns, height, width, top, left, scales, size)."},
     {NULL, NULL, 0, NULL},
 };
 
