@@ -15,9 +15,10 @@ pytestmark = pytest.mark.skipif(native is None, reason="no native extension")
 
 HUGE = 2**62
 CODES, OUT = torch.full((4, 6), 0x41, dtype=torch.uint8), torch.full((4, 6), 0x55, dtype=torch.uint8)
-RUNS = torch.zeros(4, 2, dtype=torch.uint8)
+RUNS, TOPS = torch.zeros(4, 2, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
 WIDE, FACTORS = torch.full((4, 6), 7.0, dtype=torch.bfloat16), torch.ones(3, 2)
-BEFORE, AFTER = torch.ones(2, 2, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+SCALES, MANTISSAS = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+ROW_SCALES = torch.zeros(4)
 GOOD: dict[str, dict[str, object]] = {
     "translate": {
         "path": "portable",
@@ -29,13 +30,17 @@ GOOD: dict[str, dict[str, object]] = {
     },
     "histogram": {"src": CODES.data_ptr(), "src_size": 24},
     "run_max": {
+        "path": "portable",
         "src": CODES.data_ptr(),
         "src_size": 24,
         "rows": 4,
         "columns": 6,
+        "height": 2,
         "width": 3,
-        "out": RUNS.data_ptr(),
-        "out_size": 8,
+        "runs": RUNS.data_ptr(),
+        "runs_size": 8,
+        "blocks": TOPS.data_ptr(),
+        "blocks_size": 4,
     },
     "requantize": {
         "path": "portable",
@@ -47,10 +52,14 @@ GOOD: dict[str, dict[str, object]] = {
         "columns": 6,
         "height": 2,
         "width": 3,
-        "before": BEFORE.data_ptr(),
-        "before_size": 32,
-        "after": AFTER.data_ptr(),
-        "after_size": 32,
+        "scales": SCALES.data_ptr(),
+        "scales_size": 32,
+        "mantissas": MANTISSAS.data_ptr(),
+        "mantissas_size": 16,
+        "runs": RUNS.data_ptr(),
+        "runs_size": 8,
+        "row_scales": ROW_SCALES.data_ptr(),
+        "row_scales_size": 16,
     },
 }
 GOOD["dequantize"] = {
@@ -91,8 +100,8 @@ def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
         elif name.endswith("_stride"):
             bad += [(name, -1), (name, 5), (name, 7), (name, HUGE), (name, 2**63 - 1)]
         else:  # an address
-            bad += [(name, 0), (name, 2**64 - 8)]
-            if name in ("before", "after", "scales"):
+            bad += [(name, 0), (name, 2**64 - 2)]
+            if name in ("scales", "mantissas", "row_scales"):
                 bad += [(name, value + 2)]
             if name == "dst" and "src_stride" not in arguments:
                 bad += [(name, CODES.data_ptr() + 1)]
@@ -138,18 +147,28 @@ def test_a_missing_or_foreign_argument(call: str) -> None:
 
 def test_products_that_wrap_around() -> None:
     """rows x columns is 0 modulo 2**64."""
-    call = GOOD["run_max"] | {"rows": 2**32, "columns": 2**32, "src_size": 0, "out_size": 0}
+    call = GOOD["run_max"] | {"rows": 2**32, "columns": 2**32, "src_size": 0, "runs_size": 0, "blocks_size": 0}
     with pytest.raises(ValueError, match="larger than any memory"):
         native.run_max(*call.values())
 
 
-@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), -0.5])
-@pytest.mark.parametrize("which", ["before", "after"])
-def test_scales_that_make_no_tables(which: str, value: float) -> None:
-    scales = (BEFORE if which == "before" else AFTER).clone()
-    scales.view(-1)[1] = value
+@pytest.mark.parametrize(
+    ("which", "value"),
+    [(w, v) for w in ("scales", "mantissas") for v in (-1.0, float("inf"), float("nan"))]
+    + [("scales", 2.0**126), ("mantissas", 0.5), ("mantissas", 2.0)],
+)
+def test_values_out_of_range(which: str, value: float) -> None:
+    values = (SCALES if which == "scales" else MANTISSAS).clone()
+    values.view(-1)[1] = value
     with pytest.raises(ValueError, match=f"{which}: value 1"):
-        native.requantize(*(GOOD["requantize"] | {which: scales.data_ptr()}).values())
+        native.requantize(*(GOOD["requantize"] | {which: values.data_ptr()}).values())
+
+
+def test_runs_that_are_no_finite_codes() -> None:
+    runs = RUNS.clone()
+    runs[3, 1] = 0x7F
+    with pytest.raises(ValueError, match="runs: 7 is no code"):
+        native.requantize(*(GOOD["requantize"] | {"runs": runs.data_ptr()}).values())
 
 
 def _views() -> dict[str, torch.Tensor]:
@@ -164,15 +183,21 @@ def _views() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("view", _views())
 def test_wrong_tensors(view: str) -> None:
     tensor = _views()[view]
-    calls: list[Callable[[], object]] = [
-        lambda: kernel.run_max(tensor, 3),
-        lambda: kernel.requantize(tensor, OUT, BEFORE, AFTER, (2, 3)),
-        lambda: kernel.requantize(CODES, tensor, BEFORE, AFTER, (2, 3)),
-        lambda: kernel.requantize(CODES, OUT, BEFORE.float(), AFTER, (2, 3)),
-        lambda: kernel.requantize(CODES, OUT, BEFORE, AFTER[:, None], (2, 3)),
-        lambda: kernel.requantize(CODES, OUT, BEFORE[:1], AFTER, (2, 3)),
-        lambda: kernel.requantize(CODES, OUT[:3], BEFORE, AFTER, (2, 3)),
-    ]
+    good = (CODES, OUT, SCALES, MANTISSAS, RUNS, ROW_SCALES)
+    calls: list[Callable[[], object]] = [lambda: kernel.run_max(tensor, (2, 3))]
+    for place, wrong in (
+        (0, tensor),
+        (1, tensor),
+        (1, OUT[:3]),
+        (2, SCALES.float()),
+        (2, SCALES[:1]),
+        (3, MANTISSAS[:, None]),
+        (4, RUNS.int()),
+        (5, ROW_SCALES.double()),
+        (5, ROW_SCALES[:3]),
+    ):
+        given = (*good[:place], wrong, *good[place + 1 :])
+        calls.append(lambda given=given: kernel.requantize(*given, (2, 3)))
     for call in calls:
         with pytest.raises(ValueError, match=r"expected contiguous|bytes where its shape says"):
             call()
@@ -180,8 +205,12 @@ def test_wrong_tensors(view: str) -> None:
 
 @pytest.mark.parametrize("size", [10**9 * 2, 2**62, 2**70])
 def test_blocks_larger_than_the_weight(size: int) -> None:
-    assert torch.equal(kernel.run_max(CODES, size), CODES.amax(dim=1, keepdim=True))
-    one, row = torch.ones(1, 1, dtype=torch.float64), AFTER
-    if kernel.active != "torch":
-        kernel.requantize(CODES, out := torch.zeros_like(CODES), one, row, (size, size))
-        assert torch.equal(out, CODES)
+    if kernel.active == "torch":
+        pytest.skip("native only")
+    runs, blocks = kernel.run_max(CODES, (size, size))
+    assert torch.equal(runs, CODES.amax(dim=1, keepdim=True))
+    assert torch.equal(blocks, CODES.amax().view(1, 1))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    kernel.requantize(CODES, out := torch.zeros_like(CODES), one, one[0], runs, row := torch.zeros(4), (size, size))
+    values = out.view(torch.float8_e4m3fn).float() * row[:, None]
+    assert torch.equal(values, CODES.view(torch.float8_e4m3fn).float())

@@ -4,7 +4,20 @@ def translate(
     path: str, src: int, src_size: int, dst: int, dst_size: int, table: bytes, /
 ) -> tuple[int, int, int, int]: ...
 def histogram(src: int, src_size: int, /) -> bytes: ...
-def run_max(src: int, src_size: int, rows: int, columns: int, width: int, out: int, out_size: int, /) -> None: ...
+def run_max(
+    path: str,
+    src: int,
+    src_size: int,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    runs: int,
+    runs_size: int,
+    blocks: int,
+    blocks_size: int,
+    /,
+) -> None: ...
 def requantize(
     path: str,
     src: int,
@@ -15,10 +28,14 @@ def requantize(
     columns: int,
     height: int,
     width: int,
-    before: int,
-    before_size: int,
-    after: int,
-    after_size: int,
+    scales: int,
+    scales_size: int,
+    mantissas: int,
+    mantissas_size: int,
+    runs: int,
+    runs_size: int,
+    row_scales: int,
+    row_scales_size: int,
     /,
 ) -> tuple[float, float]: ...
 def dequantize(

@@ -92,33 +92,42 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
 
 
-def run_max(src: torch.Tensor, width: int) -> torch.Tensor:
-    """The largest finite magnitude code of each run of ``width`` codes of each row. Native paths only.
+def run_max(src: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest finite magnitude codes, by run (one row of one block) and by block. Native paths only.
 
     Args:
         src: uint8 [rows, columns], contiguous, on the CPU.
-        width: codes in a run, from 1 up; the last run of a row may be shorter.
+        block: (rows, columns) of a block, from 1 up; the last ones may be cut short.
 
     Returns:
-        uint8 [rows, ceil(columns / width)].
+        uint8 [rows, ceil(columns / block[1])] and [ceil(rows / block[0]), ceil(columns / block[1])].
     """
     _expect("src", src, torch.uint8, 2)
-    rows, columns = src.shape
-    width = _clamped(width, columns)
-    out = torch.empty(rows, -(-columns // width), dtype=torch.uint8, device="cpu")
-    _kernel.run_max(*_span(src), rows, columns, width, *_span(out))
-    return out
+    shape = _grid(src, block)
+    rows, columns, height, width = shape
+    runs = torch.empty(rows, -(-columns // width), dtype=torch.uint8, device="cpu")
+    blocks = torch.empty(-(-rows // height), runs.shape[1], dtype=torch.uint8, device="cpu")
+    _kernel.run_max(active, *_span(src), *shape, *_span(runs), *_span(blocks))
+    return runs, blocks
 
 
 def requantize(
-    src: torch.Tensor, dst: torch.Tensor, before: torch.Tensor, after: torch.Tensor, block: tuple[int, int]
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    scales: torch.Tensor,
+    mantissas: torch.Tensor,
+    runs: torch.Tensor,
+    row_scales: torch.Tensor,
+    block: tuple[int, int],
 ) -> tuple[float, float]:
-    """Write the codes nearest to ``src x before / after``. Native paths only.
+    """Choose a scale for each row and write the codes under it, as ``codes.requantize`` says. Native paths only.
 
     Args:
         src, dst: uint8 [rows, columns], contiguous, on the CPU; ``dst`` may be ``src``.
-        before: float64 [ceil(rows / block[0]), ceil(columns / block[1])], finite, not negative.
-        after: float64 [rows], finite, above 0.
+        scales: float64 [ceil(rows / block[0]), ceil(columns / block[1])], from 0 up and less than 2^126.
+        mantissas: float64 [ceil(rows / block[0])], from 1 up and less than 2.
+        runs: uint8 [rows, ceil(columns / block[1])], from ``run_max``.
+        row_scales: float32 [rows], written.
         block: (rows, columns) of a block, from 1 up.
 
     Returns:
@@ -127,13 +136,19 @@ def requantize(
     for name, tensor, dtype, dims in (
         ("src", src, torch.uint8, 2),
         ("dst", dst, torch.uint8, 2),
-        ("before", before, torch.float64, 2),
-        ("after", after, torch.float64, 1),
+        ("scales", scales, torch.float64, 2),
+        ("mantissas", mantissas, torch.float64, 1),
+        ("runs", runs, torch.uint8, 2),
+        ("row_scales", row_scales, torch.float32, 1),
     ):
         _expect(name, tensor, dtype, dims)
+    spans = (*_span(scales), *_span(mantissas), *_span(runs), *_span(row_scales))
+    return _kernel.requantize(active, *_span(src), *_span(dst), *_grid(src, block), *spans)
+
+
+def _grid(src: torch.Tensor, block: tuple[int, int]) -> tuple[int, int, int, int]:
     rows, columns = src.shape
-    shape = (rows, columns, _clamped(block[0], rows), _clamped(block[1], columns))
-    return _kernel.requantize(active, *_span(src), *_span(dst), *shape, *_span(before), *_span(after))
+    return rows, columns, _clamped(block[0], rows), _clamped(block[1], columns)
 
 
 def dequantize(
@@ -169,8 +184,8 @@ def dequantize(
 def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:
     """Where a matrix begins, how many bytes of its memory follow, and how many elements its rows are apart."""
     size = matrix.element_size()
-    there = int(matrix.untyped_storage().nbytes()) - matrix.storage_offset() * size
-    return matrix.data_ptr(), there if matrix.numel() else 0, matrix.stride(0)
+    there = matrix.untyped_storage().nbytes() - int(matrix.storage_offset()) * size
+    return matrix.data_ptr(), there if matrix.numel() else 0, int(matrix.stride(0))
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

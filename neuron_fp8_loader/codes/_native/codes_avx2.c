@@ -1,6 +1,5 @@
 /* AVX2, 32 codes at a time. Compiled for AVX2 by attribute, called only where the CPU has it. */
 #include "codes.h"
-#include "requantize.h"
 
 #ifdef FP8_HAVE_AVX2
 #include "avx2.h"
@@ -74,45 +73,5 @@ AVX2 void fp8_translate_avx2(const uint8_t *src, uint8_t *dst, size_t n, const u
                                               : translate(src, dst, n, part, 0, counts);
     }
     fp8_translate_portable(src + done, dst ? dst + done : NULL, n - done, table, counts);
-}
-
-/* The values of 8 codes: exponent and mantissa in a float's place, then its bias made up for; subnormals too. */
-AVX2 static inline __m256 values_of(const uint8_t *codes) {
-    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes)), 20);
-    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
-}
-
-AVX2 static inline double sum_floats(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return (double)_mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-AVX2 void fp8_run_avx2(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES], float ratio,
-                       double error[2]) {
-    const __m256i magnitude = _mm256_set1_epi8(FP8_MAGNITUDE), nan = _mm256_set1_epi8(FP8_NAN);
-    const __m256 times = _mm256_set1_ps(ratio);
-    __m256 signal = _mm256_setzero_ps(), noise = signal;
-    __m256i part[8];
-    for (int p = 0; p < 8; p++) part[p] = twice(table + 16 * p);
-    size_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        const __m256i byte = load32(src + i);
-        const __m256i code = _mm256_and_si256(byte, magnitude), entry = look_up_any(code, part);
-        const __m256i is_nan = _mm256_cmpeq_epi8(code, nan);
-        uint8_t before[32], after[32];
-        store32(before, _mm256_andnot_si256(is_nan, code));
-        store32(after, _mm256_andnot_si256(is_nan, entry));
-        store32(dst + i, _mm256_or_si256(_mm256_andnot_si256(magnitude, byte), entry));
-        for (int k = 0; k < 32; k += 8) {
-            const __m256 was = values_of(before + k);
-            const __m256 change = _mm256_sub_ps(_mm256_mul_ps(was, times), values_of(after + k));
-            signal = _mm256_add_ps(signal, _mm256_mul_ps(was, was));
-            noise = _mm256_add_ps(noise, _mm256_mul_ps(change, change));
-        }
-    }
-    error[0] += sum_floats(signal);
-    error[1] += sum_floats(noise);
-    if (i < n) fp8_run_portable(src + i, dst + i, n - i, table, ratio, error);
 }
 #endif

@@ -5,7 +5,6 @@
  */
 #include "arguments.h" /* first: it includes Python.h */
 
-#include <math.h>
 #include <string.h>
 
 #include "codes.h"
@@ -18,16 +17,16 @@
 static const struct {
     const char *name;
     fp8_translate_fn translate;
-    fp8_run_fn run;
+    const fp8_requantizer *requantizer;
     fp8_bf16_fn bf16;
 } PATHS[] = {
 #ifdef FP8_HAVE_AVX2
-    {"avx2", fp8_translate_avx2, fp8_run_avx2, fp8_bf16_avx2},
+    {"avx2", fp8_translate_avx2, &fp8_requantizer_avx2, fp8_bf16_avx2},
 #endif
 #ifdef FP8_HAVE_NEON
-    {"neon", fp8_translate_neon, fp8_run_portable, fp8_bf16_portable},
+    {"neon", fp8_translate_neon, &fp8_requantizer_portable, fp8_bf16_portable},
 #endif
-    {"portable", fp8_translate_portable, fp8_run_portable, fp8_bf16_portable},
+    {"portable", fp8_translate_portable, &fp8_requantizer_portable, fp8_bf16_portable},
 };
 #define N_PATHS (sizeof PATHS / sizeof *PATHS)
 
@@ -112,31 +111,53 @@ static PyObject *histogram(PyObject *self, PyObject *args) {
     return PyBytes_FromStringAndSize((const char *)counts, sizeof counts);
 }
 
+/* A matrix of codes and its blocks: two sizes and what is to lie at the two spans. */
+static int check_grid(const char *what, const Py_ssize_t shape[4], fp8_grid *grid, size_t *codes, size_t *runs,
+                      size_t *all_blocks) {
+    for (int k = 0; k < 4; k++)
+        if (k < 2 ? !check_length(what, shape[k]) : !check_block(what, shape[k])) return 0;
+    *grid = (fp8_grid){(size_t)shape[0], (size_t)shape[1], (size_t)shape[2], (size_t)shape[3]};
+    const size_t across = blocks(grid->columns, grid->width);
+    return check_product(what, grid->rows, grid->columns, codes) && check_product(what, grid->rows, across, runs) &&
+           check_product(what, blocks(grid->rows, grid->height), across, all_blocks);
+}
+
 static PyObject *run_max(PyObject *self, PyObject *args) {
-    span src, out;
-    Py_ssize_t rows, columns, width;
-    size_t codes, runs;
+    const char *name;
+    span src, runs, tops;
+    Py_ssize_t shape[4];
+    fp8_grid grid;
+    size_t n, n_runs, n_blocks;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KnnnnKn:run_max", &src.at, &src.size, &rows, &columns, &width, &out.at, &out.size))
+    if (!PyArg_ParseTuple(args, "sKnnnnnKnKn:run_max", &name, &src.at, &src.size, shape, shape + 1, shape + 2,
+                          shape + 3, &runs.at, &runs.size, &tops.at, &tops.size))
         return NULL;
-    if (!check_length("run_max: rows", rows) || !check_length("run_max: columns", columns) ||
-        !check_block("run_max: width", width) ||
-        !check_product("run_max: src", (size_t)rows, (size_t)columns, &codes) ||
-        !check_span("run_max: src", src, codes, 1) ||
-        !check_product("run_max: out", (size_t)rows, blocks((size_t)columns, (size_t)width), &runs) ||
-        !check_span("run_max: out", out, runs, 1))
+    if (!check_grid("run_max: shape", shape, &grid, &n, &n_runs, &n_blocks) ||
+        !check_span("run_max: src", src, n, 1) || !check_span("run_max: runs", runs, n_runs, 1) ||
+        !check_span("run_max: blocks", tops, n_blocks, 1))
         return NULL;
+    const int path = path_called(name);
+    if (path < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    fp8_run_max(bytes_at(src), (size_t)rows, (size_t)columns, (size_t)width, writable(out));
+    fp8_run_max(PATHS[path].requantizer, bytes_at(src), &grid, writable(runs), writable(tops));
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-/* Are all of them finite, and from 0 up, or above it? A scale that is not would make tables of nonsense. */
-static int check_scales(const char *what, const double *scales, size_t n, int zero_too) {
+/* Are all of them from `least` up, and below `end`? Others would make tables of nonsense. */
+static int check_values(const char *what, const double *values, size_t n, double least, double end) {
     for (size_t i = 0; i < n; i++) {
-        if (isfinite(scales[i]) && (zero_too ? scales[i] >= 0 : scales[i] > 0)) continue;
-        PyErr_Format(PyExc_ValueError, "%s: value %zu is negative, not finite%s", what, i, zero_too ? "" : " or 0");
+        if (values[i] >= least && values[i] < end) continue;
+        PyErr_Format(PyExc_ValueError, "%s: value %zu is out of range", what, i);
+        return 0;
+    }
+    return 1;
+}
+
+static int check_codes(const char *what, const uint8_t *codes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (codes[i] < FP8_NAN) continue;
+        PyErr_Format(PyExc_ValueError, "%s: %zu is no code of a finite value", what, i);
         return 0;
     }
     return 1;
@@ -144,33 +165,36 @@ static int check_scales(const char *what, const double *scales, size_t n, int ze
 
 static PyObject *requantize(PyObject *self, PyObject *args) {
     const char *name;
-    span src, dst, before, after;
-    Py_ssize_t rows, columns, height, width;
-    size_t codes, grid;
+    span src, dst, scales, mantissas, runs, row_scales;
+    Py_ssize_t shape[4];
+    fp8_grid grid;
+    size_t n, n_runs, n_blocks;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sKnKnnnnnKnKn:requantize", &name, &src.at, &src.size, &dst.at, &dst.size, &rows,
-                          &columns, &height, &width, &before.at, &before.size, &after.at, &after.size))
+    if (!PyArg_ParseTuple(args, "sKnKnnnnnKnKnKnKn:requantize", &name, &src.at, &src.size, &dst.at, &dst.size, shape,
+                          shape + 1, shape + 2, shape + 3, &scales.at, &scales.size, &mantissas.at, &mantissas.size,
+                          &runs.at, &runs.size, &row_scales.at, &row_scales.size))
         return NULL;
-    if (!check_length("requantize: rows", rows) || !check_length("requantize: columns", columns) ||
-        !check_block("requantize: height", height) || !check_block("requantize: width", width) ||
-        !check_product("requantize: src", (size_t)rows, (size_t)columns, &codes) ||
-        !check_span("requantize: src", src, codes, 1) || !check_span("requantize: dst", dst, codes, 1) ||
+    if (!check_grid("requantize: shape", shape, &grid, &n, &n_runs, &n_blocks) ||
+        !check_span("requantize: src", src, n, 1) || !check_span("requantize: dst", dst, n, 1) ||
         !check_apart("requantize: src and dst", src, dst) ||
-        !check_product("requantize: before", blocks((size_t)rows, (size_t)height),
-                       blocks((size_t)columns, (size_t)width), &grid) ||
-        !check_span("requantize: before", before, grid, sizeof(double)) ||
-        !check_span("requantize: after", after, (size_t)rows, sizeof(double)))
+        !check_span("requantize: scales", scales, n_blocks, sizeof(double)) ||
+        !check_span("requantize: mantissas", mantissas, blocks(grid.rows, grid.height), sizeof(double)) ||
+        !check_span("requantize: runs", runs, n_runs, 1) ||
+        !check_span("requantize: row_scales", row_scales, grid.rows, sizeof(float)))
         return NULL;
-    const double *old = (const double *)(uintptr_t)before.at, *new = (const double *)(uintptr_t)after.at;
-    if (!check_scales("requantize: before", old, grid, 1) || !check_scales("requantize: after", new, (size_t)rows, 0))
+    const double *old = (const double *)(uintptr_t)scales.at, *common = (const double *)(uintptr_t)mantissas.at;
+    /* a row's largest value may be 448 times its scale, and the new scale must be a float */
+    if (!check_values("requantize: scales", old, n_blocks, 0, 0x1p126) ||
+        !check_values("requantize: mantissas", common, blocks(grid.rows, grid.height), 1, 2) ||
+        !check_codes("requantize: runs", bytes_at(runs), n_runs))
         return NULL;
     const int path = path_called(name);
     if (path < 0) return NULL;
     fp8_error error = {0, 0};
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = fp8_requantize(PATHS[path].run, bytes_at(src), writable(dst), (size_t)rows, (size_t)columns,
-                            (size_t)height, (size_t)width, old, new, &error);
+    failed = fp8_requantize(PATHS[path].requantizer, bytes_at(src), writable(dst), &grid, old, common, bytes_at(runs),
+                            (float *)(uintptr_t)row_scales.at, &error);
     Py_END_ALLOW_THREADS
     if (failed) return PyErr_NoMemory();
     return Py_BuildValue("(dd)", error.signal, error.noise);
@@ -217,10 +241,10 @@ static PyMethodDef METHODS[] = {
      "translate(path, src, src_size, dst, dst_size, table) -> (max, above, lossy, nan); dst 0, 0: count only."},
     {"histogram", histogram, METH_VARARGS, "histogram(src, size) -> bytes: 256 native uint64, how often each byte occurs."},
     {"run_max", run_max, METH_VARARGS,
-     "run_max(src, src_size, rows, columns, width, out, out_size): largest finite magnitude code of each run."},
+     "run_max(path, src, size, rows, columns, height, width, runs, size, blocks, size): largest finite codes."},
     {"requantize", requantize, METH_VARARGS,
-     "requantize(path, src, size, dst, size, rows, columns, height, width, before, size, after, size)"
-     " -> (signal, noise)."},
+     "requantize(path, src, size, dst, size, rows, columns, height, width, scales, size, mantissas, size, runs, size,"
+     " row_scales, size) -> (signal, noise)."},
     {"dequantize", dequantize, METH_VARARGS,
      "dequantize(path, src, size, stride, dst, size, stride, rows, columns, height, width, top, left, scales, size)."},
     {NULL, NULL, 0, NULL},
