@@ -16,7 +16,7 @@ from ..host.parallel import run
 from . import kernel
 from .formats import E4M3FN
 from .grain import GRAIN, mapped, rows_at_once
-from .granularity import Granularity
+from .granularity import TENSOR, Granularity
 from .scales import is_e8m0
 
 _TILE = 1 << 20  # weights at a time
@@ -156,6 +156,13 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
 
     run(parts, work, threads)
     return out
+
+
+def values(weight: torch.Tensor) -> torch.Tensor:
+    """A weight without a scale as bfloat16 of its shape, which holds every value of any FP8 dtype exactly."""
+    if weight.dtype == E4M3FN and weight.is_contiguous():
+        return dequantize(weight, torch.ones(1, device="cpu"), TENSOR)
+    return mapped(torch.Tensor.bfloat16, weight.detach(), torch.bfloat16)
 
 
 def _block(granularity: Granularity, rows: int, columns: int, scale: torch.Tensor) -> tuple[int, int]:

@@ -11,13 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-GRAIN = 1 << 15
-
-
-def spans(length: int) -> Iterator[slice]:
-    """``length`` elements in pieces of at most ``GRAIN``."""
-    for start in range(0, length, GRAIN):
-        yield slice(start, min(start + GRAIN, length))
+GRAIN = (1 << 15) - 1
 
 
 def rows_at_once(columns: int) -> int:
@@ -28,23 +22,24 @@ def rows_at_once(columns: int) -> int:
 def mapped(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``work`` on each element: a new contiguous tensor of ``dtype`` and of the tensor's shape."""
     out = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-    if tensor.numel() <= GRAIN:
-        return out.copy_(work(tensor))
-    if tensor.is_contiguous():
-        flat, target = tensor.view(-1), out.view(-1)
-        for piece in spans(tensor.numel()):
-            target[piece].copy_(work(flat[piece]))
-    else:  # such as an expanded scale
-        for part, target in zip(tensor, out, strict=True):
-            target.copy_(mapped(work, part, dtype))
+    for piece, target in zip(_pieces(tensor), _pieces(out), strict=True):
+        target.copy_(work(piece))
     return out
 
 
 def count(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> int:
     """How many elements ``work`` says True of."""
+    return sum(int(work(piece).sum()) for piece in _pieces(tensor))
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views that together are the tensor, along its first dimensions: the same for all tensors of one shape."""
     if tensor.numel() <= GRAIN:
-        return int(work(tensor).sum())
-    if tensor.is_contiguous():
-        flat = tensor.view(-1)
-        return sum(int(work(flat[piece]).sum()) for piece in spans(tensor.numel()))
-    return sum(count(work, part) for part in tensor)
+        yield tensor
+        return
+    inner = tensor.numel() // len(tensor)
+    if inner > GRAIN:
+        for part in tensor:
+            yield from _pieces(part)
+    else:
+        yield from tensor.split(rows_at_once(inner))

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import OptionError
 from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, Table
+from .grain import GRAIN
 
 try:
     from . import _kernel
@@ -86,7 +87,8 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     if src.dtype != torch.uint8 or not src.is_contiguous() or src.device.type != "cpu":
         raise ValueError(f"histogram takes a contiguous uint8 CPU tensor, not {src.dtype} {src.shape}")
     if active == "torch" or _kernel is None:
-        return torch.bincount(src.view(-1), minlength=256)
+        parts = (torch.bincount(part, minlength=256) for part in src.view(-1).split(GRAIN))
+        return sum(parts, torch.zeros(256, dtype=torch.int64, device="cpu"))
     # in C not for speed alone: bincount starts torch's own threads from each of ours
     counts = _kernel.histogram(*_span(src))
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
@@ -206,7 +208,7 @@ def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, dims: int) -> N
         )
 
 
-_CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache
+_CHUNK = GRAIN  # bytes; torch goes through them without threads of its own
 
 
 def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:

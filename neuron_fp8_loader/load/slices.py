@@ -11,6 +11,7 @@ import safetensors
 import torch
 
 from ..checkpoint import open_checkpoint
+from ..codes.dequantize import values
 from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
@@ -122,7 +123,7 @@ class safe_open:
         check_weights(self._recipe, {step.name: seen})
         if fresh is not None:
             return fresh
-        return part.to(torch.bfloat16) if step.action == "dequantize" else part
+        return values(part) if step.action == "dequantize" else part
 
 
 class Slice:
