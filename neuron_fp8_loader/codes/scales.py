@@ -57,8 +57,8 @@ def rescaled(scale: torch.Tensor, table: Table, where: str, *, reciprocal: bool 
         result = part * factor
         exact = part.double() * factor
         lost = (result.double() - exact).abs() > epsilon * exact.abs()
-        # 0 is no reciprocal of anything
-        return torch.isfinite(part) & (lost | ~torch.isfinite(1 / result) if reciprocal else lost)
+        # a 0 was one before: it keeps whatever it means
+        return torch.isfinite(part) & (part != 0) & (lost | ~torch.isfinite(1 / result) if reciprocal else lost)
 
     if lost := count(overflows, scale):
         largest = scale[overflows(scale)].abs().max().item()
