@@ -6,14 +6,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all fuzz lint bench clean
+.PHONY: help install demo test test-all fuzz lint sanitize bench clean
 
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
 	@echo "make test   install what the tests need and run them: those of the kernel on each of its paths, the rest once"
 	@echo "make test-all  run all tests on each path"
 	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy, and the C with warnings as errors"
+	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
 # torch first: with the pinned one there, nothing asks for another build
@@ -56,10 +57,31 @@ SECONDS ?= 600
 fuzz: $(VENV)/.test
 	NEURON_FP8_LOADER_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
+NATIVE := neuron_fp8_loader/codes/_native
+PYTHON_H := $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])'
+
+# the C is compiled and thrown away, with warnings as errors; Python's own headers are not ours to mend
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@for file in $(NATIVE)/*.c; do \
+		$(CC) -std=c11 -O3 -fPIC -Wall -Wextra -Wconversion -Werror -isystem "$$($(PYTHON_H))" \
+			-c $$file -o /dev/null || exit 1; \
+	done
+
+# a copy of the package whose native module watches every access; the tests go through all paths and compare them
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.test
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r neuron_fp8_loader $(SANITIZED)/
+	@rm -f $(SANITIZED)/neuron_fp8_loader/codes/_kernel*.so
+	$(CC) -std=c11 -O1 -g -fPIC -shared -ffp-contract=off -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=all -isystem "$$($(PYTHON_H))" \
+		$(NATIVE)/*.c -o $(SANITIZED)/neuron_fp8_loader/codes/_kernel.abi3.so -lm
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 SANITIZED=1 \
+		$(BIN)/python -m pytest -o pythonpath="$(SANITIZED) ." -p no:cacheprovider \
+		tests/test_sanitized.py tests/test_native_arguments.py tests/test_kernel.py tests/test_histogram.py \
+		tests/test_dequantize.py tests/test_requantize.py
 
 # jax for the compile check's xla-cpu backend, which is left out where there is no wheel of it
 $(VENV)/.bench: $(VENV)/.package

@@ -64,3 +64,8 @@ def test_nothing_outside_lists_conventions() -> None:
 def test_files_can_be_read_in_one_sitting() -> None:
     lengths = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in FILES}
     assert max(lengths.values()) < 400, sorted(lengths.items(), key=lambda item: -item[1])[:5]
+
+
+def test_the_native_module_has_one_door() -> None:
+    users = [file for file in FILES if re.search(r"import _kernel\b|_kernel import", file.read_text())]
+    assert {str(file.relative_to(PACKAGE)) for file in users} == {"codes/kernel.py"}

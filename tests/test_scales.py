@@ -119,3 +119,43 @@ def test_expanded_scales(dtype):
     assert new.shape == (5, 1)
     assert new.tolist() == [[6.0]] * 5
     assert scale[0, 0] == 3
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_reciprocal_that_underflows_is_an_error(dtype):
+    """Halved to 0 it would be an infinite scale on the device; among the subnormals it loses bits first."""
+    smallest = torch.finfo(dtype).smallest_normal
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    normal = torch.tensor([1.0, 2 * smallest], dtype=dtype)
+    assert rescaled(normal, HALF, WHERE, reciprocal=True).tolist() == [0.5, smallest]
+    for bad in (least, -least, 3 * least):
+        with pytest.raises(ScaleError, match=r"some\.safetensors: a\.weight_scale: 1 of 2 values underflow"):
+            rescaled(torch.tensor([1.0, bad], dtype=dtype), HALF, WHERE, reciprocal=True)
+    assert rescaled(torch.tensor([least, 0.0], dtype=dtype), HALF, WHERE).tolist() == [2 * least, 0.0]
+    assert rescaled(torch.zeros(1, dtype=dtype), HALF, WHERE, reciprocal=True).tolist() == [0.0]
+
+
+def test_a_reciprocal_whose_scale_is_infinite_is_an_error():
+    assert rescaled(torch.tensor([2.0**-126]), HALF, WHERE, reciprocal=True).item() == 2.0**-127
+    with pytest.raises(ScaleError, match="1 of 1 values underflow"):
+        rescaled(torch.tensor([2.0**-127]), HALF, WHERE, reciprocal=True)  # 2^-128: 1 / it is 2^128
+
+
+def test_ratio_among_the_subnormals_is_an_error():
+    with pytest.raises(ScaleError, match="1 of 1 values underflow"):
+        rescaled(torch.tensor([2.0**-149]), RATIO, WHERE)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *E8M0_DTYPES], ids=str)
+def test_more_scales_than_torch_does_at_once(dtype):
+    if dtype in FLOATS:
+        scale = torch.rand(300, 257, dtype=torch.float64).add(0.5).to(dtype)
+    else:
+        scale = torch.randint(0, 254, (300, 257), dtype=torch.uint8).view(dtype)
+    for view in (scale, scale.t(), scale[:, ::2], scale[:, :1].expand(300, 200)):
+        new = rescaled(view, HALF, WHERE)
+        assert new.is_contiguous()
+        if dtype in FLOATS:
+            assert torch.equal(new.double(), view.double() * 2)
+        else:
+            np.testing.assert_array_equal(raw(new), raw(view) + 1)

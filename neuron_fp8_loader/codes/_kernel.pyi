@@ -1,7 +1,58 @@
+# An address is followed by the number of bytes there; kernel.py, the one caller, tells what they hold.
 def paths() -> list[str]: ...
-def translate(path: str, src: int, dst: int, n: int, table: bytes) -> tuple[int, int, int, int]: ...
-def histogram(src: int, n: int) -> bytes: ...
-def run_max(src: int, rows: int, columns: int, width: int, out: int) -> None: ...
+def translate(
+    path: str, src: int, src_size: int, dst: int, dst_size: int, table: bytes, /
+) -> tuple[int, int, int, int]: ...
+def histogram(src: int, src_size: int, /) -> bytes: ...
+def run_max(
+    path: str,
+    src: int,
+    src_size: int,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    runs: int,
+    runs_size: int,
+    blocks: int,
+    blocks_size: int,
+    /,
+) -> None: ...
 def requantize(
-    path: str, src: int, dst: int, rows: int, columns: int, height: int, width: int, before: int, after: int
+    path: str,
+    src: int,
+    src_size: int,
+    dst: int,
+    dst_size: int,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    scales: int,
+    scales_size: int,
+    mantissas: int,
+    mantissas_size: int,
+    runs: int,
+    runs_size: int,
+    row_scales: int,
+    row_scales_size: int,
+    /,
 ) -> tuple[float, float]: ...
+def dequantize(
+    path: str,
+    src: int,
+    src_size: int,
+    src_stride: int,
+    dst: int,
+    dst_size: int,
+    dst_stride: int,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    scales: int,
+    scales_size: int,
+    /,
+) -> None: ...

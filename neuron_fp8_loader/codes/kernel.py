@@ -13,6 +13,7 @@ import torch
 
 from ..errors import OptionError
 from .formats import Table
+from .grain import GRAIN
 
 try:
     from . import _kernel
@@ -73,7 +74,8 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
         return Counts()
     if active == "torch" or not table.symmetric:
         return _translate_torch(src, dst, table)
-    return Counts(*_kernel.translate(active, src.data_ptr(), 0 if dst is None else dst.data_ptr(), n, table.symmetric))
+    target = (0, 0) if dst is None else _span(dst)
+    return Counts(*_kernel.translate(active, *_span(src), *target, table.symmetric))
 
 
 def histogram(src: torch.Tensor) -> torch.Tensor:
@@ -85,13 +87,128 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     if src.dtype != torch.uint8 or not src.is_contiguous() or src.device.type != "cpu":
         raise ValueError(f"histogram takes a contiguous uint8 CPU tensor, not {src.dtype} {src.shape}")
     if active == "torch" or _kernel is None:
-        return torch.bincount(src.view(-1), minlength=256)
+        parts = (torch.bincount(part, minlength=256) for part in src.view(-1).split(GRAIN))
+        return sum(parts, torch.zeros(256, dtype=torch.int64, device="cpu"))
     # in C not for speed alone: bincount starts torch's own threads from each of ours
-    counts = _kernel.histogram(src.data_ptr(), src.numel())
+    counts = _kernel.histogram(*_span(src))
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
 
 
-_CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache
+def run_max(src: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest finite magnitude codes, by run (one row of one block) and by block. Native paths only.
+
+    Args:
+        src: uint8 [rows, columns], contiguous, on the CPU.
+        block: (rows, columns) of a block, from 1 up; the last ones may be cut short.
+
+    Returns:
+        uint8 [rows, ceil(columns / block[1])] and [ceil(rows / block[0]), ceil(columns / block[1])].
+    """
+    _expect("src", src, torch.uint8, 2)
+    shape = _grid(src, block)
+    rows, columns, height, width = shape
+    runs = torch.empty(rows, -(-columns // width), dtype=torch.uint8, device="cpu")
+    blocks = torch.empty(-(-rows // height), runs.shape[1], dtype=torch.uint8, device="cpu")
+    _kernel.run_max(active, *_span(src), *shape, *_span(runs), *_span(blocks))
+    return runs, blocks
+
+
+def requantize(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    scales: torch.Tensor,
+    mantissas: torch.Tensor,
+    runs: torch.Tensor,
+    row_scales: torch.Tensor,
+    block: tuple[int, int],
+) -> tuple[float, float]:
+    """Choose a scale for each row and write the codes under it, as ``codes.requantize`` says. Native paths only.
+
+    Args:
+        src, dst: uint8 [rows, columns], contiguous, on the CPU; ``dst`` may be ``src``.
+        scales: float64 [ceil(rows / block[0]), ceil(columns / block[1])], from 0 up and less than 2^126.
+        mantissas: float64 [ceil(rows / block[0])], from 1 up and less than 2.
+        runs: uint8 [rows, ceil(columns / block[1])], from ``run_max``.
+        row_scales: float32 [rows], written.
+        block: (rows, columns) of a block, from 1 up.
+
+    Returns:
+        The sums of the squares of the values before and of their changes.
+    """
+    for name, tensor, dtype, dims in (
+        ("src", src, torch.uint8, 2),
+        ("dst", dst, torch.uint8, 2),
+        ("scales", scales, torch.float64, 2),
+        ("mantissas", mantissas, torch.float64, 1),
+        ("runs", runs, torch.uint8, 2),
+        ("row_scales", row_scales, torch.float32, 1),
+    ):
+        _expect(name, tensor, dtype, dims)
+    spans = (*_span(scales), *_span(mantissas), *_span(runs), *_span(row_scales))
+    return _kernel.requantize(active, *_span(src), *_span(dst), *_grid(src, block), *spans)
+
+
+def _grid(src: torch.Tensor, block: tuple[int, int]) -> tuple[int, int, int, int]:
+    rows, columns = src.shape
+    return rows, columns, _clamped(block[0], rows), _clamped(block[1], columns)
+
+
+def dequantize(
+    src: torch.Tensor, dst: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], offset: tuple[int, int]
+) -> None:
+    """Write ``src x scale`` into ``dst``, each exact product rounded once. Native paths only.
+
+    Args:
+        src: uint8 [rows, columns] on the CPU, the codes of a row side by side.
+        dst: bfloat16 [rows, columns], likewise.
+        scales: float32 [ceil((offset[0] + rows) / block[0]), ceil((offset[1] + columns) / block[1])], contiguous.
+        block: (rows, columns) of a block, from 1 up.
+        offset: where in its first block ``src`` begins; less than ``block``.
+    """
+    _expect("scales", scales, torch.float32, 2)
+    rows, columns = src.shape
+    for name, t, dtype in (("src", src, torch.uint8), ("dst", dst, torch.bfloat16)):
+        if (
+            t.dtype != dtype
+            or t.shape != (rows, columns)
+            or (columns > 1 and t.stride(1) != 1)
+            or t.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"{name}: expected {dtype} {[rows, columns]} on the CPU with contiguous rows, not {t.dtype} "
+                f"{list(t.shape)} with strides {t.stride()} on {t.device}"
+            )
+    top, left = offset
+    size = _clamped(block[0], top + max(rows, 1)), _clamped(block[1], left + max(columns, 1))
+    _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
+
+
+def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:
+    """Where a matrix begins, how many bytes of its memory follow, and how many elements its rows are apart."""
+    size = matrix.element_size()
+    there = matrix.untyped_storage().nbytes() - int(matrix.storage_offset()) * size
+    return matrix.data_ptr(), there if matrix.numel() else 0, int(matrix.stride(0))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a contiguous tensor's bytes lie, and how many they are."""
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+
+def _clamped(block: int, length: int) -> int:
+    """A block larger than what it covers is as large as that: numbers from a file may not fit a machine word."""
+    return min(block, max(length, 1))
+
+
+def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, dims: int) -> None:
+    if tensor.dtype != dtype or tensor.dim() != dims or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected contiguous {dtype} of {dims} dimensions on the CPU, not {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
+
+
+_CHUNK = GRAIN  # bytes; torch goes through them without threads of its own
 
 
 def _translate_torch(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:

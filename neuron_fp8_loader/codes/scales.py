@@ -6,6 +6,7 @@ import torch
 
 from ..errors import ScaleError
 from .formats import Table
+from .grain import count, mapped
 
 E8M0 = getattr(torch, "float8_e8m0fnu", None)
 
@@ -17,11 +18,14 @@ def is_e8m0(scale: torch.Tensor) -> bool:
 
 def check_scale(scale: torch.Tensor, where: str) -> None:
     """Raise ScaleError where a scale is not finite: times any weight it would be NaN or inf on the device."""
-    bad = _e8m0_bytes(scale) == 255 if is_e8m0(scale) else ~torch.isfinite(scale)
-    count = int(bad.sum())
-    if count:
+    scale = scale.detach()
+    if is_e8m0(scale):
+        bad = count(lambda raw: raw == 255, scale.view(torch.uint8))
+    else:
+        bad = count(lambda part: ~torch.isfinite(part), scale)
+    if bad:
         raise ScaleError(
-            f"{where}: {count} of {scale.numel()} scale values are not finite; the checkpoint is damaged, or "
+            f"{where}: {bad} of {scale.numel()} scale values are not finite; the checkpoint is damaged, or "
             'nan="keep" lets them through'
         )
 
@@ -36,24 +40,40 @@ def rescaled(scale: torch.Tensor, table: Table, where: str, *, reciprocal: bool 
         reciprocal: ``scale`` is 1/scale; floats only, no published e8m0 scale is one.
 
     Raises:
-        ScaleError: a finite value would become infinite; an e8m0 value of 2^127 or NaN would have to be doubled;
-            ``ratio`` on e8m0, which holds powers of two only.
+        ScaleError: a finite value would become infinite, or so small that it loses bits; a reciprocal would be 0, or
+            so small that 1 / it is infinite; an e8m0 value of 2^127 or NaN would have to be doubled; ``ratio`` on
+            e8m0, which holds powers of two only.
     """
     if is_e8m0(scale):
         return _doubled_e8m0(scale, table, where)
     factor = 1 / table.scale_factor if reciprocal else table.scale_factor
-    result = scale.detach() * factor
-    lost = torch.isfinite(scale) & ~torch.isfinite(result)
-    if bool(lost.any()):
+    scale = scale.detach()
+    epsilon = torch.finfo(scale.dtype).eps
+
+    def overflows(part: torch.Tensor) -> torch.Tensor:
+        return torch.isfinite(part) & ~torch.isfinite(part * factor)
+
+    def underflows(part: torch.Tensor) -> torch.Tensor:
+        result = part * factor
+        exact = part.double() * factor
+        lost = (result.double() - exact).abs() > epsilon * exact.abs()
+        # a 0 was one before: it keeps whatever it means
+        return torch.isfinite(part) & (part != 0) & (lost | ~torch.isfinite(1 / result) if reciprocal else lost)
+
+    if lost := count(overflows, scale):
+        largest = scale[overflows(scale)].abs().max().item()
         raise ScaleError(
-            f"{where}: {int(lost.sum())} of {scale.numel()} values overflow {scale.dtype} when multiplied by "
-            f"{factor:g} (largest {scale[lost].abs().max().item():g}); a scale this large is not plausible"
+            f"{where}: {lost} of {scale.numel()} values overflow {scale.dtype} when multiplied by "
+            f"{factor:g} (largest {largest:g}); a scale this large is not plausible"
         )
-    return result
-
-
-def _e8m0_bytes(scale: torch.Tensor) -> torch.Tensor:
-    return scale.detach().contiguous().view(torch.uint8)
+    if lost := count(underflows, scale):
+        smallest = scale[underflows(scale)].abs().min().item()
+        raise ScaleError(
+            f"{where}: {lost} of {scale.numel()} values underflow {scale.dtype} when multiplied by "
+            f"{factor:g} (smallest {smallest:g}{', a reciprocal' if reciprocal else ''}); a scale like this is not "
+            "plausible"
+        )
+    return mapped(lambda part: part * factor, scale, scale.dtype)
 
 
 def _doubled_e8m0(scale: torch.Tensor, table: Table, where: str) -> torch.Tensor:
@@ -62,10 +82,10 @@ def _doubled_e8m0(scale: torch.Tensor, table: Table, where: str) -> torch.Tensor
             f'{where}: an e8m0 scale holds powers of two, so method="{table.name}" has no value for it; '
             'use method="half"'
         )
-    raw = _e8m0_bytes(scale)
-    too_large = int((raw >= 254).sum())
+    raw = scale.detach().view(torch.uint8)
+    too_large = count(lambda part: part >= 254, raw)
     if too_large:
         raise ScaleError(
             f"{where}: {too_large} of {raw.numel()} e8m0 scale bytes are 254 (2^127, cannot be doubled) or 255 (NaN)"
         )
-    return (raw + 1).view(scale.dtype)
+    return mapped(lambda part: part + 1, raw, torch.uint8).view(scale.dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..codes.dequantize import dequantize, scale_values
+from ..codes.dequantize import dequantize, scale_values, values
+from ..codes.grain import count, mapped
 from ..codes.requantize import Fidelity, Tile, requantize, tiles
 from ..codes.scales import is_e8m0
 from ..errors import ScaleError, listing
@@ -19,17 +20,19 @@ from ..plan import Pair, Recipe, Step
 
 Tensors = Mapping[str, torch.Tensor]
 
+# a row's largest value may be 448 times its scale, and its new scale must be a float32
+_LIMIT = torch.finfo(torch.float32).max / 4
+
 
 def check_layout(recipe: Recipe, tensors: Tensors) -> None:
     """Raise ScaleError for block scales that cannot become row scales, before anything is written."""
     bad, torn = [], []
     where = recipe.plan.where
     for pair in _pairs(recipe, "requantize"):
-        values = scale_values(tensors[pair.scale])
-        # a row's largest value may be 448 times its scale, and its new scale must be a float32
-        good = torch.isfinite(values) & (values >= 0) & (values < torch.finfo(torch.float32).max / 4)
-        if not bool(good.all()):
-            bad.append(f"{where(pair.scale)}: {int((~good).sum())} of {values.numel()}")
+        scales = scale_values(tensors[pair.scale])
+        wrong = count(lambda part: ~((part >= 0) & (part < _LIMIT)), scales)
+        if wrong:
+            bad.append(f"{where(pair.scale)}: {wrong} of {scales.numel()}")
     for pair, twin in _twins(recipe, tensors).items():
         if recipe.steps[pair.weight].action != recipe.steps[twin.weight].action:
             torn.append(f"{where(pair.weight)}: is one tensor with {twin.weight}; dequantize both or neither")
@@ -103,7 +106,7 @@ def prepare_layout(
     for step in recipe.doing("scale", role="scale"):
         if step.name in tensors and _reshaped(step, tensors[step.name]):
             scale = scales.get(step.name, tensors[step.name]).detach()
-            value = scale_values(scale).float() if is_e8m0(scale) else scale
+            value = mapped(torch.Tensor.float, scale_values(scale), torch.float32) if is_e8m0(scale) else scale
             done.made[step.name] = _expanded(value, step.shape)
     return done
 
@@ -115,7 +118,7 @@ def _pairs(recipe: Recipe, action: str) -> Iterator[Pair]:
 def _without_scale(recipe: Recipe, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Weights that have no scale, as bfloat16, which holds every e4m3fn value exactly."""
     names = [s.name for s in recipe.weights if s.action == "dequantize" and s.pair is None]
-    return once_each(tensors, names, lambda t: t.to(torch.bfloat16))
+    return once_each(tensors, names, values)
 
 
 def _reshaped(step: Step, tensor: torch.Tensor) -> bool:
@@ -124,10 +127,10 @@ def _reshaped(step: Step, tensor: torch.Tensor) -> bool:
 
 def _expanded(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if scale.numel() == math.prod(shape):
-        return scale.reshape(shape).clone()
+        return mapped(torch.Tensor.detach, scale.reshape(shape), scale.dtype)
     # one value for all, or one an expert
     leading = scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.numel() > 1 else scale.reshape([1] * len(shape))
-    return leading.expand(shape).contiguous()
+    return mapped(torch.Tensor.detach, leading.expand(shape), scale.dtype)
 
 
 def _twins(recipe: Recipe, tensors: Tensors) -> dict[Pair, Pair]:

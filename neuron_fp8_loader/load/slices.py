@@ -10,6 +10,7 @@ import safetensors
 import torch
 
 from ..checkpoint import check_unchanged, existing_file, open_checkpoint
+from ..codes.dequantize import values
 from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
@@ -129,7 +130,7 @@ class safe_open:
         check_weights(self._recipe, {step.name: seen})
         if fresh is not None:
             return fresh
-        return part.to(torch.bfloat16) if step.action == "dequantize" else part
+        return values(part) if step.action == "dequantize" else part
 
 
 class Slice:

@@ -5,87 +5,159 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define NAN_CODE 0x7f
-#define LARGEST_FIT 0x77
+#define NEURON_MAX 240.0
 
 /* The value of each magnitude code, and the midpoints between neighbours up to 240. */
 typedef struct {
-    double value[NAN_CODE], midpoint[LARGEST_FIT];
+    double value[FP8_NAN], midpoint[FP8_LARGEST_FIT];
 } number_line;
 
 static void draw(number_line *line) {
-    for (int code = 0; code < NAN_CODE; code++) {
+    for (int code = 0; code < FP8_NAN; code++) {
         const int exponent = code >> 3, mantissa = code & 7;
         line->value[code] = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
     }
-    for (int code = 0; code < LARGEST_FIT; code++)
+    for (int code = 0; code < FP8_LARGEST_FIT; code++)
         line->midpoint[code] = (line->value[code] + line->value[code + 1]) / 2;
 }
 
+/* -- the scale of a row ------------------------------------------------------------------------------------------- */
+
+/* The smallest mantissa x 2^exponent that takes `largest` to 240 or less. */
+static float fitting(double mantissa, double largest) {
+    int exponent;
+    frexp(largest / (NEURON_MAX * mantissa), &exponent);
+    if (largest <= NEURON_MAX * ldexp(mantissa, exponent - 1)) exponent--; /* exactly a power of two */
+    return (float)ldexp(mantissa, exponent < -126 ? -126 : exponent);
+}
+
+static int is_power_of_two(double x) {
+    int exponent;
+    return frexp(x, &exponent) == 0.5;
+}
+
+int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal) {
+    /* Measured in single precision, each value x ratio is off by 2^-23 of itself at most, so (by the triangle
+     * inequality) the root of the true error is off by 2^-23 of the root of the signal; the sums by 2^-13. */
+    const double slack = 0x1p-22 * sqrt(signal);
+    const double least = sqrt(noise[0]) * (1 - 0x1p-12) - (exact[0] ? 0 : slack);
+    const double most = sqrt(noise[1]) * (1 + 0x1p-12) + (exact[1] ? 0 : slack);
+    return most <= (least > 0 ? least : 0);
+}
+
+/* One row: its scale; adds to the error. */
+static float choose(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, const double *scales,
+                    const uint8_t *runs, double mantissa, const number_line *line, fp8_error *error) {
+    const size_t across = grid->columns / grid->width + (grid->columns % grid->width != 0);
+    double largest = 0, any = 0;
+    for (size_t block = 0; block < across; block++) {
+        const double value = line->value[runs[block]] * scales[block];
+        largest = value > largest ? value : largest;
+        any = scales[block] > any ? scales[block] : any;
+    }
+    if (!(largest > 0)) return (float)any > 0 ? (float)any : 1;
+    float candidate[FP8_CANDIDATES];
+    candidate[1] = fitting(mantissa, largest);
+    const float public_one = (float)(largest / NEURON_MAX);
+    candidate[0] = public_one >= FLT_MIN ? public_one : candidate[1];
+    double sums[1 + FP8_CANDIDATES] = {0}, signal = 0;
+    int exact[FP8_CANDIDATES] = {1, 1};
+    for (size_t block = 0; block < across; block++) {
+        if (!runs[block]) continue;
+        const size_t left = block * grid->width;
+        const size_t right = grid->columns - left < grid->width ? grid->columns : left + grid->width;
+        float ratio[FP8_CANDIDATES];
+        for (int k = 0; k < FP8_CANDIDATES; k++) {
+            const double r = scales[block] / (double)candidate[k];
+            /* below 2^-40 every code becomes 0, and what is lost is far below the slack */
+            ratio[k] = r < 0x1p-40 ? 0 : (float)r;
+            exact[k] &= r >= 0x1p-40 && is_power_of_two(r);
+        }
+        sums[0] = 0;
+        for (size_t i = left; i < right; i += FP8_RUN)
+            path->measure(src + i, right - i < FP8_RUN ? right - i : FP8_RUN, ratio, sums);
+        signal += sums[0] * scales[block] * scales[block];
+    }
+    double noise[FP8_CANDIDATES];
+    for (int k = 0; k < FP8_CANDIDATES; k++) noise[k] = sums[1 + k] * (double)candidate[k] * (double)candidate[k];
+    const int best = fp8_best(noise, exact, signal);
+    error->signal += signal;
+    error->noise += noise[best];
+    return candidate[best];
+}
+
+/* -- the codes under it ------------------------------------------------------------------------------------------- */
+
 /* One pair of scales and its table. */
 typedef struct {
-    double before, after;
-    float ratio;
-    uint8_t table[128];
-} entry;
+    double before;
+    float after;
+    uint8_t table[FP8_CODES];
+} pair;
 
 #define PANEL ((size_t)32) /* blocks */
 #define WAYS ((size_t)16)
 #define ENTRIES (PANEL * WAYS)
-#define RUN ((size_t)4096) /* single precision sums are kept no longer than this */
 
-static void begin(entry *e, const number_line *line, double before, double after) {
-    const double ratio = before / after;
+static void begin(pair *p, const number_line *line, double before, float after) {
+    const double ratio = before / (double)after;
     /* Both sides ascend, so one walk along the midpoints rounds every code: to nearest, ties to even. */
     int nearest = 0;
-    for (int code = 0; code < NAN_CODE; code++) {
-        const double value = line->value[code] * ratio;
-        while (nearest < LARGEST_FIT &&
-               (value > line->midpoint[nearest] || (value == line->midpoint[nearest] && (nearest & 1))))
-            nearest++;
-        e->table[code] = (uint8_t)nearest;
+    for (int code = 0; code < FP8_NAN; code++) {
+        if (code >= 16 && p->table[code - 8] > 8) { /* twice a normal number that stayed one */
+            nearest = p->table[code - 8] + 8 < FP8_LARGEST_FIT ? p->table[code - 8] + 8 : FP8_LARGEST_FIT;
+        } else {
+            const double value = line->value[code] * ratio;
+            while (nearest < FP8_LARGEST_FIT &&
+                   (value > line->midpoint[nearest] || (value == line->midpoint[nearest] && (nearest & 1))))
+                nearest++;
+        }
+        p->table[code] = (uint8_t)nearest;
     }
-    e->table[NAN_CODE] = NAN_CODE;
-    e->before = before;
-    e->after = after;
-    e->ratio = ratio < FLT_MAX ? (float)ratio : FLT_MAX; /* only zeros can meet a ratio like this */
+    p->table[FP8_NAN] = FP8_NAN;
+    p->before = before;
+    p->after = after;
 }
 
 /* Entries of one block of the panel; within it the exponents tell the pairs apart: the row scales of a block row
- * differ in nothing else. */
-static size_t slot(size_t block, double before, double after) {
-    uint64_t a, b;
+ * mostly differ in nothing else. */
+static size_t slot(size_t block, double before, float after) {
+    uint64_t a;
+    uint32_t b;
     memcpy(&a, &before, sizeof a);
     memcpy(&b, &after, sizeof b);
-    return block % PANEL * WAYS + (5 * (a >> 52) + (b >> 52)) % WAYS;
+    return block % PANEL * WAYS + (5 * (a >> 52) + (b >> 23)) % WAYS;
 }
 
-int fp8_requantize(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns, size_t height,
-                   size_t width, const double *before, const double *after, fp8_error *error) {
-    const size_t across = (columns + width - 1) / width;
+int fp8_requantize(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst, const fp8_grid *grid,
+                   const double *scales, const double *mantissas, const uint8_t *runs, float *row_scales,
+                   fp8_error *error) {
+    const size_t rows = grid->rows, columns = grid->columns, height = grid->height, width = grid->width;
+    const size_t across = columns / width + (columns % width != 0);
     number_line line;
-    entry *cache = calloc(ENTRIES, sizeof *cache); /* no row scale is 0, so an empty entry matches nothing */
+    pair *cache = calloc(ENTRIES, sizeof *cache); /* no row scale is 0, so an empty entry matches nothing */
     if (!cache) return -1;
     draw(&line);
-    for (size_t top = 0; top < rows; top += height) {
+    for (size_t top = 0; top < rows; top += height, scales += across, mantissas++) {
         const size_t bottom = rows - top < height ? rows : top + height;
-        const double *scales = before + top / height * across;
+        for (size_t row = top; row < bottom; row++)
+            row_scales[row] = choose(path, src + row * columns, grid, scales, runs + row * across, *mantissas, &line,
+                                     error);
         /* panels: long enough runs of memory a row, few enough tables to stay in cache */
         for (size_t first = 0; first < across; first += PANEL) {
             const size_t last = across - first < PANEL ? across : first + PANEL;
             for (size_t row = top; row < bottom; row++) {
                 for (size_t block = first; block < last; block++) {
-                    const size_t left = block * width, right = columns - left < width ? columns : left + width;
-                    entry *e = cache + slot(block, scales[block], after[row]);
-                    if (e->before != scales[block] || e->after != after[row])
-                        begin(e, &line, scales[block], after[row]);
-                    double change[2] = {0, 0};
-                    for (size_t i = left; i < right; i += RUN) {
-                        const size_t at = row * columns + i, n = right - i < RUN ? right - i : RUN;
-                        run(src + at, dst + at, n, e->table, e->ratio, change);
+                    const size_t left = block * width, n = columns - left < width ? columns - left : width;
+                    const size_t at = row * columns + left;
+                    if (!runs[row * across + block]) { /* zeros and NaN stay what they are */
+                        if (dst != src) memcpy(dst + at, src + at, n);
+                        continue;
                     }
-                    error->signal += change[0] * e->before * e->before;
-                    error->noise += change[1] * e->after * e->after;
+                    pair *p = cache + slot(block, scales[block], row_scales[row]);
+                    if (p->before != scales[block] || p->after != row_scales[row])
+                        begin(p, &line, scales[block], row_scales[row]);
+                    path->look_up(src + at, dst + at, n, p->table);
                 }
             }
         }
@@ -94,41 +166,71 @@ int fp8_requantize(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows
     return 0;
 }
 
-void fp8_run_max(const uint8_t *src, size_t rows, size_t columns, size_t width, uint8_t *out) {
-    for (size_t row = 0; row < rows; row++, src += columns) {
-        for (size_t left = 0; left < columns; left += width) {
-            const size_t right = columns - left < width ? columns : left + width;
-            uint8_t max = 0;
-            for (size_t i = left; i < right; i++) {
-                /* + 1 makes NaN 0x80, whose low bits are 0: no branch, so that this becomes vector code */
-                const uint8_t code = (uint8_t)(((src[i] & 0x7f) + 1) & 0x7f);
-                max = code > max ? code : max;
-            }
-            *out++ = max ? max - 1 : 0;
+void fp8_run_max(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, uint8_t *runs,
+                 uint8_t *blocks) {
+    const size_t across = grid->columns / grid->width + (grid->columns % grid->width != 0);
+    for (size_t row = 0; row < grid->rows; row++, src += grid->columns, runs += across) {
+        const int first = row % grid->height == 0;
+        if (first && row) blocks += across;
+        for (size_t block = 0; block < across; block++) {
+            const size_t left = block * grid->width;
+            const size_t n = grid->columns - left < grid->width ? grid->columns - left : grid->width;
+            runs[block] = path->max(src + left, n);
+            if (first || runs[block] > blocks[block]) blocks[block] = runs[block];
         }
     }
 }
 
-static float value_of(uint8_t code) {
-    const uint32_t bits = (uint32_t)code << 20;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value * 0x1p120f; /* the difference of the exponents' biases; subnormals come out right, too */
+/* -- plain C ------------------------------------------------------------------------------------------------------ */
+
+static uint8_t max_portable(const uint8_t *src, size_t n) {
+    uint8_t max = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* + 1 makes NaN 0x80, whose low bits are 0: no branch, so that this becomes vector code */
+        const uint8_t code = (uint8_t)(((src[i] & FP8_MAGNITUDE) + 1) & FP8_MAGNITUDE);
+        max = code > max ? code : max;
+    }
+    return max ? (uint8_t)(max - 1) : 0;
 }
 
-void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
-                      double error[2]) {
-    float signal[8] = {0}, noise[8] = {0};
-    for (size_t i = 0; i < n; i++) {
-        const uint8_t code = src[i] & 0x7f, entry = table[code];
-        dst[i] = (uint8_t)((src[i] & 0x80) | entry);
-        if (code == NAN_CODE) continue;
-        const float was = value_of(code), change = was * ratio - value_of(entry);
-        signal[i & 7] += was * was;
-        noise[i & 7] += change * change;
-    }
-    for (int k = 0; k < 8; k++) {
-        error[0] += signal[k];
-        error[1] += noise[k];
-    }
+static float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
+
+static uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* x minus the nearest of the format's numbers, exactly. */
+static float rounding(float x) {
+    /* the last bit of 2^20 times x's power of two, or of 2^-6, is the last bit of the nearest code */
+    const float large = as_float((bits_of(x > 0x1p-6f ? x : 0x1p-6f) & 0x7f800000) + ((uint32_t)20 << 23));
+    return x - ((x + large) - large);
+}
+
+static void measure_portable(const uint8_t *src, size_t n, const float ratio[FP8_CANDIDATES],
+                             double sums[1 + FP8_CANDIDATES]) {
+    float lanes[1 + FP8_CANDIDATES][FP8_LANES] = {{0}};
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t code = src[i] & FP8_MAGNITUDE;
+        /* the difference of the exponents' biases; subnormals come out right, too */
+        const float value = code == FP8_NAN ? 0 : as_float((uint32_t)code << 20) * 0x1p120f;
+        lanes[0][i % FP8_LANES] += value * value;
+        for (int k = 0; k < FP8_CANDIDATES; k++) {
+            const float change = rounding(value * ratio[k]);
+            lanes[1 + k][i % FP8_LANES] += change * change;
+        }
+    }
+    for (int k = 0; k < 1 + FP8_CANDIDATES; k++)
+        for (int lane = 0; lane < FP8_LANES; lane++) sums[k] += (double)lanes[k][lane];
+}
+
+static void look_up_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES]) {
+    for (size_t i = 0; i < n; i++) dst[i] = (uint8_t)((src[i] & FP8_SIGN) | table[src[i] & FP8_MAGNITUDE]);
+}
+
+const fp8_requantizer fp8_requantizer_portable = {max_portable, measure_portable, look_up_portable};

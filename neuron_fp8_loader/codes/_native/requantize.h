@@ -1,40 +1,65 @@
 /* Moving a matrix of FP8 codes from one scale a block to one scale a row.
  *
- * A code times block scale over row scale has 127 possible results for a given pair of scales, so this too is a
- * table look-up: a small cache holds the tables of the pairs met last.
+ * Each row tries two scales and keeps the one with the least squared error, measured on the row itself:
+ *   0  row amax / 240, what the public preprocess scripts take; the other is kept only if it is no worse for certain
+ *   1  the mantissa that suits its block row best, with the smallest exponent that keeps the row within +-240
+ * Then the codes are rewritten by tables: a code times block scale over row scale has 127 possible results for a
+ * given pair of scales.
  */
 #ifndef NEURON_FP8_REQUANTIZE_H
 #define NEURON_FP8_REQUANTIZE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "format.h"
 
-/* One run of codes under one pair of scales.
- *
- * dst[i] = sign of src[i] | table[magnitude of src[i]], dst may be src. Adds to error[0] the squares of the values
- * before, in units of the scale before, and to error[1] the squares of (value before x ratio - value after), in
- * units of the scale after; NaN codes count for nothing. */
-typedef void (*fp8_run_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
-                           double error[2]);
+#define FP8_CANDIDATES 2
+#define FP8_LANES 8 /* single precision sums: one for every 8th code, the same on every path */
 
-void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
-                      double error[2]);
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-void fp8_run_avx2(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
-                  double error[2]);
+/* Largest finite magnitude code of n codes. */
+typedef uint8_t (*fp8_max_fn)(const uint8_t *src, size_t n);
+
+/* Adds to sums[0] the squares of the values, and to sums[1 + k] those of the changes that rounding (value x ratio[k])
+ * to a code makes, in units of the new scale; NaN codes count for nothing. No product may be above 240 by more than
+ * the rounding of a float. n is at most FP8_RUN. */
+typedef void (*fp8_measure_fn)(const uint8_t *src, size_t n, const float ratio[FP8_CANDIDATES],
+                               double sums[1 + FP8_CANDIDATES]);
+
+/* dst[i] = sign of src[i] | table[magnitude of src[i]]; dst may be src. */
+typedef void (*fp8_look_up_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES]);
+
+#define FP8_RUN ((size_t)4096) /* codes whose squares are added in single precision */
+
+typedef struct {
+    fp8_max_fn max;
+    fp8_measure_fn measure;
+    fp8_look_up_fn look_up;
+} fp8_requantizer;
+
+extern const fp8_requantizer fp8_requantizer_portable;
+#ifdef FP8_HAVE_AVX2
+extern const fp8_requantizer fp8_requantizer_avx2;
 #endif
+
+typedef struct {
+    size_t rows, columns, height, width; /* the last two of a block */
+} fp8_grid;
 
 typedef struct {
     double signal; /* sum of the squares of the values before */
     double noise;  /* sum of the squares of the changes */
 } fp8_error;
 
-/* Largest finite magnitude code of each run of `width` codes of each row; out is rows x ceil(columns / width). */
-void fp8_run_max(const uint8_t *src, size_t rows, size_t columns, size_t width, uint8_t *out);
+/* Largest finite magnitude codes: runs, rows x ceil(columns / width); and blocks, ceil(rows / height) of those. */
+void fp8_run_max(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, uint8_t *runs,
+                 uint8_t *blocks);
 
-/* before: block scales, ceil(rows / height) x ceil(columns / width); after: one scale a row, none of them 0.
- * src and dst are rows x columns codes without gaps; dst may be src. Returns 0, or -1 when out of memory. */
-int fp8_requantize(fp8_run_fn run, const uint8_t *src, uint8_t *dst, size_t rows, size_t columns,
-                   size_t height, size_t width, const double *before, const double *after, fp8_error *error);
+/* scales: of the blocks; mantissas: from 1 up to 2, one a block row; runs: as fp8_run_max gives them.
+ * Writes row_scales, rows of them, and dst, which may be src. Returns 0, or -1 when out of memory. */
+int fp8_requantize(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst, const fp8_grid *grid,
+                   const double *scales, const double *mantissas, const uint8_t *runs, float *row_scales,
+                   fp8_error *error);
+
+/* How fp8_requantize picks: the index of the candidate, from the sums of fp8_measure_fn in the values' own units.
+ * exact[k]: all of its ratios are powers of two, so that measuring rounded nothing. */
+int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal);
 
 #endif
