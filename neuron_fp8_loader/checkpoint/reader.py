@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError
-from ..host.memory import allocate, buffer, populate, shaped
+from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
 from .regular import Opened, Stamp, fill
@@ -21,6 +23,7 @@ from .regular import Opened, Stamp, fill
 Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+_WORTH_POPULATING = 1 << 16  # bytes
 
 
 @dataclass
@@ -43,8 +46,7 @@ class WeightJob:
     decision: Decision | None = None
 
 
-@dataclass(slots=True)  # a load of 700 GB cuts 700 000 of them
-class _Segment:
+class _Segment(NamedTuple):  # a load of 700 GB cuts 700 000 of them
     name: str
     start: int
     end: int
@@ -82,8 +84,9 @@ def read(
     Raises:
         CheckpointError: a file cannot be read, ends early, or was replaced or written to since its header was read.
     """
-    raw = {info.name: allocate(info.nbytes) for info in infos}
-    memory = {name: buffer(t) for name, t in raw.items()}
+    dtypes = {info.dtype: info.torch_dtype for info in infos}
+    tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
+    raw = {name: as_bytes(tensors[name]) for name in weights}
     counts = dict.fromkeys(weights, Counts())
     lock = threading.Lock()
 
@@ -111,8 +114,9 @@ def read(
 
         def work(piece: _Piece) -> None:
             for segment in piece.segments:
-                populate(raw[segment.name], segment.start, segment.end)
-            _fill(handles[piece.file], piece, [memory[s.name][s.start : s.end] for s in piece.segments])
+                if segment.end - segment.start >= _WORTH_POPULATING:
+                    populate(as_bytes(tensors[segment.name]), segment.start, segment.end)
+            _fill(handles[piece.file], piece, [_memory(tensors[s.name], s.start, s.end) for s in piece.segments])
             for segment in piece.segments:
                 if segment.name in weights:
                     settle(segment.name, segment.start, segment.end)
@@ -120,7 +124,7 @@ def read(
 
         run(_cut(infos), work, threads)
     _finish_deferred(weights, raw, threads)
-    return {i.name: shaped(raw[i.name], i.torch_dtype, i.shape) for i in infos}, counts
+    return tensors, counts
 
 
 def find_overflow(infos: Iterable[TensorInfo], stamps: Stamps, table: Table) -> bool:
@@ -190,14 +194,15 @@ def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
     """Cut the files into pieces: large tensors in several, small neighbours together in one."""
     done: list[_Piece] = []
     current: _Piece | None = None
-    for info in sorted(infos, key=lambda i: (str(i.file), i.offset)):
+    order = {file: str(file) for file in _files(infos)}
+    for info in sorted(infos, key=lambda i: (order[i.file], i.offset) if i.file else ("", 0)):
         assert info.file is not None
         position = 0
         while position < info.nbytes:
             offset = info.offset + position
             if (
                 current is None
-                or current.file != info.file
+                or (current.file is not info.file and current.file != info.file)
                 or current.offset + current.nbytes != offset
                 or current.nbytes >= PIECE
                 or len(current.segments) >= _MAX_BUFFERS
@@ -209,6 +214,20 @@ def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
             current.nbytes += take
             position += take
     return done
+
+
+def _fresh(info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor, on the CPU whatever the default device is: a loader may run inside
+    ``torch.device("meta")``."""
+    try:
+        return torch.empty(info.shape, dtype=dtype, device="cpu")
+    except NotImplementedError:  # torch fills fresh memory in its deterministic mode, but not of every dtype
+        return shaped(allocate(info.nbytes), dtype, info.shape)
+
+
+def _memory(tensor: torch.Tensor, start: int, end: int) -> memoryview:
+    """Bytes of a contiguous tensor as a writable buffer. The caller keeps the tensor alive."""
+    return memoryview((ctypes.c_ubyte * (end - start)).from_address(tensor.data_ptr() + start))
 
 
 def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:
