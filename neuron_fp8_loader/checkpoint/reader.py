@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,27 +193,28 @@ def _finish_deferred(weights: Mapping[str, WeightJob], raw: Mapping[str, torch.T
 
 def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
     """Cut the files into pieces: large tensors in several, small neighbours together in one."""
-    done: list[_Piece] = []
-    current: _Piece | None = None
-    order = {file: str(file) for file in _files(infos)}
-    for info in sorted(infos, key=lambda i: (order[i.file], i.offset) if i.file else ("", 0)):
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
         assert info.file is not None
-        position = 0
-        while position < info.nbytes:
-            offset = info.offset + position
-            if (
-                current is None
-                or (current.file is not info.file and current.file != info.file)
-                or current.offset + current.nbytes != offset
-                or current.nbytes >= PIECE
-                or len(current.segments) >= _MAX_BUFFERS
-            ):
-                current = _Piece(info.file, offset)
-                done.append(current)
-            take = min(info.nbytes - position, PIECE - current.nbytes)
-            current.segments.append(_Segment(info.name, position, position + take))
-            current.nbytes += take
-            position += take
+        by_file.setdefault(info.file, []).append(info)
+    done: list[_Piece] = []
+    for file in sorted(by_file):
+        current = _Piece(file, -1)
+        for info in sorted(by_file[file], key=attrgetter("offset")):
+            position, offset, nbytes = 0, info.offset, info.nbytes
+            while position < nbytes:
+                if (
+                    current.offset + current.nbytes != offset
+                    or current.nbytes >= PIECE
+                    or len(current.segments) >= _MAX_BUFFERS
+                ):
+                    current = _Piece(file, offset)
+                    done.append(current)
+                take = min(nbytes - position, PIECE - current.nbytes)
+                current.segments.append(_Segment(info.name, position, position + take))
+                current.nbytes += take
+                position += take
+                offset += take
     return done
 
 
