@@ -79,7 +79,7 @@ class Index:
 
 
 def _read(index: Path) -> dict[str, str]:
-    content = read_json(index, LONGEST_INDEX)
+    content = read_json(index, LONGEST_INDEX, "a checkpoint index")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f'{index}: not a checkpoint index: expected an object with "weight_map"')
