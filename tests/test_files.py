@@ -358,6 +358,23 @@ def test_odd_names_in_an_index(tmp_path, name):
     assert str(index) in error_of(tmp_path)
 
 
+def test_a_name_in_an_index_that_is_too_long(tmp_path):
+    save(tmp_path / "one.safetensors", A)
+    write_index(tmp_path / "model.safetensors.index.json", {"a": "one.safetensors", "b": "x" * 300 + ".safetensors"})
+    assert "missing shard xxx" in error_of(tmp_path)
+    assert list(load_state_dict(tmp_path / "one.safetensors")) == ["a"]
+
+
+def test_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):
+    save_shards(tmp_path, A, B)
+
+    def refused(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert f"{tmp_path}: cannot be listed: Permission denied" in error_of(tmp_path)
+
+
 # -- paths ------------------------------------------------------------------------------------------------------
 
 
