@@ -23,6 +23,7 @@ NUMBERS: list[Any] = [
     (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 70, 10**400, -1, -8, -(1 << 63), 1.0, 2.5, 1e300,
     float("nan"), float("inf"), True, False, None, "8", [], [8], {},
 ]  # fmt: skip
+LENGTHS = [0, 1, 2, 8, 255, 100_000_000, 100_000_001, (1 << 31) - 1, 1 << 32, 1 << 63, (1 << 64) - 1]
 TEXTS = [
     "", " ", ".", "..", "/", "a/b", "../x", "\0", "\n", "\x1b[31m", "[/red]", "é", "\ud800", "🦙", "x" * 3000,
     "__metadata__", "a.weight", "a.weight_scale", "weight", ".weight", "a.weight_scale_inv", "lm_head.weight",
@@ -132,7 +133,7 @@ def a_file(rng: random.Random, directory: Path) -> Path:
         data += rng.randbytes(rng.randrange(9))
     raw = header(text_of(rng, content), data)
     if rng.random() < 0.05:
-        raw = rng.choice([*NUMBERS[:20], 100_000_001]).to_bytes(8, "little", signed=False) + raw[8:]
+        raw = rng.choice(LENGTHS).to_bytes(8, "little") + raw[8:]
     file = directory / "model.safetensors"
     file.write_bytes(raw)
     return file

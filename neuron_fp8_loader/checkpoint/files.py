@@ -93,9 +93,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         OptionError: ``path`` is no path.
     """
     path = existing(path)
-    index, files = find(path)
-    if index is not None:
-        index.check_files()
+    try:
+        index, files = find(path)
+        if index is not None:
+            index.check_files()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be listed: {error.strerror}") from error
     stamps = {file: stamp(file) for file in files}
     digests = tuple(digest_of(file, known) for file, known in stamps.items())
     key = ("checkpoint", _fingerprint(stamps, digests), index and (str(index.path), index.stamp))

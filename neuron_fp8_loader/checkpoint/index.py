@@ -51,7 +51,7 @@ class Index:
 
     def check_files(self) -> None:
         """Raise CheckpointError for shards that are missing, or left over from another version of the set."""
-        problems = [f"missing shard {file.name}" for file in self.files if not file.exists()]
+        problems = [f"missing shard {file.name}" for file in self.files if not os.path.exists(file)]
         sets = {(m["stem"], m["count"], m["ext"]) for file in self.files if (m := SHARD.match(file.name))}
         listed = {file.name for file in self.files}
         for other in sorted(os.listdir(self.path.parent)):
@@ -79,7 +79,7 @@ class Index:
 
 
 def _read(index: Path) -> dict[str, str]:
-    content = read_json(index, LONGEST_INDEX)
+    content = read_json(index, LONGEST_INDEX, "a checkpoint index")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f'{index}: not a checkpoint index: expected an object with "weight_map"')

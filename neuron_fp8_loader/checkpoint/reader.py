@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError
-from ..host.memory import allocate, buffer, populate, shaped
+from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
 from .regular import Opened, Stamp, fill
@@ -21,6 +24,7 @@ from .regular import Opened, Stamp, fill
 Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+_WORTH_POPULATING = 1 << 16  # bytes
 
 
 @dataclass
@@ -43,8 +47,7 @@ class WeightJob:
     decision: Decision | None = None
 
 
-@dataclass(slots=True)  # a load of 700 GB cuts 700 000 of them
-class _Segment:
+class _Segment(NamedTuple):  # a load of 700 GB cuts 700 000 of them
     name: str
     start: int
     end: int
@@ -82,8 +85,9 @@ def read(
     Raises:
         CheckpointError: a file cannot be read, ends early, or was replaced or written to since its header was read.
     """
-    raw = {info.name: allocate(info.nbytes) for info in infos}
-    memory = {name: buffer(t) for name, t in raw.items()}
+    dtypes = {info.dtype: info.torch_dtype for info in infos}
+    tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
+    raw = {name: as_bytes(tensors[name]) for name in weights}
     counts = dict.fromkeys(weights, Counts())
     lock = threading.Lock()
 
@@ -111,8 +115,9 @@ def read(
 
         def work(piece: _Piece) -> None:
             for segment in piece.segments:
-                populate(raw[segment.name], segment.start, segment.end)
-            _fill(handles[piece.file], piece, [memory[s.name][s.start : s.end] for s in piece.segments])
+                if segment.end - segment.start >= _WORTH_POPULATING:
+                    populate(as_bytes(tensors[segment.name]), segment.start, segment.end)
+            _fill(handles[piece.file], piece, [_memory(tensors[s.name], s.start, s.end) for s in piece.segments])
             for segment in piece.segments:
                 if segment.name in weights:
                     settle(segment.name, segment.start, segment.end)
@@ -120,7 +125,7 @@ def read(
 
         run(_cut(infos), work, threads)
     _finish_deferred(weights, raw, threads)
-    return {i.name: shaped(raw[i.name], i.torch_dtype, i.shape) for i in infos}, counts
+    return tensors, counts
 
 
 def find_overflow(infos: Iterable[TensorInfo], stamps: Stamps, table: Table) -> bool:
@@ -188,27 +193,43 @@ def _finish_deferred(weights: Mapping[str, WeightJob], raw: Mapping[str, torch.T
 
 def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
     """Cut the files into pieces: large tensors in several, small neighbours together in one."""
-    done: list[_Piece] = []
-    current: _Piece | None = None
-    for info in sorted(infos, key=lambda i: (str(i.file), i.offset)):
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
         assert info.file is not None
-        position = 0
-        while position < info.nbytes:
-            offset = info.offset + position
-            if (
-                current is None
-                or current.file != info.file
-                or current.offset + current.nbytes != offset
-                or current.nbytes >= PIECE
-                or len(current.segments) >= _MAX_BUFFERS
-            ):
-                current = _Piece(info.file, offset)
-                done.append(current)
-            take = min(info.nbytes - position, PIECE - current.nbytes)
-            current.segments.append(_Segment(info.name, position, position + take))
-            current.nbytes += take
-            position += take
+        by_file.setdefault(info.file, []).append(info)
+    done: list[_Piece] = []
+    for file in sorted(by_file):
+        current = _Piece(file, -1)
+        for info in sorted(by_file[file], key=attrgetter("offset")):
+            position, offset, nbytes = 0, info.offset, info.nbytes
+            while position < nbytes:
+                if (
+                    current.offset + current.nbytes != offset
+                    or current.nbytes >= PIECE
+                    or len(current.segments) >= _MAX_BUFFERS
+                ):
+                    current = _Piece(file, offset)
+                    done.append(current)
+                take = min(nbytes - position, PIECE - current.nbytes)
+                current.segments.append(_Segment(info.name, position, position + take))
+                current.nbytes += take
+                position += take
+                offset += take
     return done
+
+
+def _fresh(info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor, on the CPU whatever the default device is: a loader may run inside
+    ``torch.device("meta")``."""
+    try:
+        return torch.empty(info.shape, dtype=dtype, device="cpu")
+    except NotImplementedError:  # torch fills fresh memory in its deterministic mode, but not of every dtype
+        return shaped(allocate(info.nbytes), dtype, info.shape)
+
+
+def _memory(tensor: torch.Tensor, start: int, end: int) -> memoryview:
+    """Bytes of a contiguous tensor as a writable buffer. The caller keeps the tensor alive."""
+    return memoryview((ctypes.c_ubyte * (end - start)).from_address(tensor.data_ptr() + start))
 
 
 def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:

@@ -185,8 +185,8 @@ def read_at(file: Path, handle: int, offset: int, length: int) -> bytes:
     return bytes(content[:got])
 
 
-def read_json(file: Path, limit: int) -> Any:
-    """The content of a JSON file of at most ``limit`` bytes.
+def read_json(file: Path, limit: int, what: str = "JSON") -> Any:
+    """The content of a JSON file of at most ``limit`` bytes; ``what`` it should be, for errors.
 
     Raises:
         CheckpointError: no regular file, too long, or not JSON.
@@ -194,17 +194,17 @@ def read_json(file: Path, limit: int) -> Any:
     with opened(file) as (handle, known):
         if known.size > limit:
             raise CheckpointError(f"{file}: {known.size} bytes, which is too long for what it should be")
-        return parse_json(file, read_at(file, handle, 0, known.size))
+        return parse_json(file, read_at(file, handle, 0, known.size), what)
 
 
-def parse_json(file: Path, content: bytes) -> Any:
+def parse_json(file: Path, content: bytes, what: str = "JSON") -> Any:
     """JSON of whatever a file holds. Raises CheckpointError if it is none, or nested too deep to be meant."""
     try:
         return json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
+        raise CheckpointError(f"{file}: not {what} ({error})") from error
     except RecursionError as error:
-        raise CheckpointError(f"{file}: not JSON that is meant to be read: nested too deep") from error
+        raise CheckpointError(f"{file}: not {what}: nested too deep to be meant") from error
 
 
 def _require_regular(file: Path, status: os.stat_result) -> None:

@@ -11,11 +11,11 @@ import math
 import torch
 
 from ..errors import ScaleError
+from ..host.grain import GRAIN, mapped, rows_at_once
 from ..host.memory import allocate, shaped
 from ..host.parallel import run
 from . import kernel
 from .formats import E4M3FN
-from .grain import GRAIN, mapped, rows_at_once
 from .granularity import TENSOR, Granularity
 from .scales import is_e8m0
 
@@ -100,7 +100,8 @@ def _by_torch(
     for top in range(0, rows, step):
         for left in range(0, columns, GRAIN):
             part = (slice(top, top + step), slice(left, left + GRAIN))
-            factor = scale[tall[part[0]]][:, wide[part[1]]]
+            # index_select, for indexing starts torch's threads, however small
+            factor = scale.index_select(0, tall[part[0]]).index_select(1, wide[part[1]])
             out[part].copy_(_rounded(raw[part].contiguous(), factor.double()))
 
 

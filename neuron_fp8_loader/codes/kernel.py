@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from ..errors import OptionError
+from ..host.grain import GRAIN
 from .formats import Table
-from .grain import GRAIN
 
 try:
     from . import _kernel

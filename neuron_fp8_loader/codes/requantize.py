@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..host.grain import GRAIN
 from . import kernel
-from .grain import GRAIN
 from .requantize_torch import choose, largest_codes, look_up
 
 _TILE = 1 << 21  # bytes worked on at a time

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, NEURON_MAX
-from .grain import GRAIN
+from ..host.grain import GRAIN, entries
+from .formats import E4M3FN, NAN_CODE, NEURON_MAX
 
 _LANES, _RUN = 8, 4096  # single precision sums: of every eighth code, over this many codes
 _NEGLIGIBLE = 2.0**-40  # ratios below it round every code to 0
@@ -60,9 +60,9 @@ def choose(
     rows, columns = src.shape
     for part in _parts(rows, columns, runs.shape[1]):
         which = torch.arange(part.start, part.stop, device="cpu") // block[0]
-        before, top = scales[which], runs[part]
-        largest = (_VALUES[top.int()] * before).amax(dim=1)
-        candidates = _candidates(largest, mantissas[which])
+        before, top = scales.index_select(0, which), runs[part]
+        largest = (entries(_VALUES, top) * before).amax(dim=1)
+        candidates = _candidates(largest, mantissas.index_select(0, which))
         squares, changes, exact = _measured(_by_runs(src[part], block[1], _LANES), before, top, candidates)
         best = _best(changes, exact, squares)
         chosen = candidates.gather(1, best[:, None]).squeeze(1)
@@ -99,7 +99,7 @@ def _measured(
     good, empty = ratios >= _NEGLIGIBLE, (top == 0)[:, :, None]
     exact = (((torch.frexp(ratios).mantissa == 0.5) & good) | empty).all(dim=1)
     factors = torch.where(good & ~empty, ratios, 0.0).float()
-    values = _VALUES.float()[codes.int()]
+    values = entries(_VALUES.float(), codes)
     squares = _sums(values * values).cumsum(dim=2)[:, :, -1] * before * before
     changes = []
     for k in range(candidates.shape[1]):
@@ -142,17 +142,21 @@ def look_up(
     rows, columns = src.shape
     for part in _parts(rows, columns, scales.shape[1]):
         which = torch.arange(part.start, part.stop, device="cpu") // block[0]
-        ratios, table = torch.unique(scales[which] / row_scales[part, None].double(), return_inverse=True)
+        ratios = scales.index_select(0, which) / row_scales[part, None].double()
+        ratios, table = torch.unique(ratios, return_inverse=True)
         tables = _codes_of(_VALUES * ratios[:, None])
         tables[:, NAN_CODE] = NAN_CODE
         # the index of an element's entry in all tables laid end to end
         spread = table.repeat_interleave(block[1], dim=1)[:, :columns]
-        new = tables.view(-1)[spread * 128 + (src[part] & 0x7F)]
+        new = entries(tables.view(-1), spread * 128 + (src[part] & 0x7F))
         dst[part] = new | (src[part] & 0x80)
 
 
 def _codes_of(values: torch.Tensor) -> torch.Tensor:
     """uint8: the nearest magnitude codes of values from 0 up, ties to even, no further than 240."""
-    midpoints = (_VALUES[:LARGEST_FIT] + _VALUES[1 : LARGEST_FIT + 1]) / 2
-    below, upto = torch.searchsorted(midpoints, values), torch.searchsorted(midpoints, values, right=True)
-    return torch.where(below % 2 == 0, below, upto).to(torch.uint8)
+    values = values.clamp(max=NEURON_MAX)
+    # adding a power of two whose last bit is a code's last rounds to that bit, as searchsorted would tell; but that
+    # starts torch's threads from 200 elements on
+    exponent = (values.view(torch.int64) >> 52).clamp(min=1023 - 6)
+    large = ((exponent + 52 - 3) << 52).view(torch.float64)
+    return ((values + large) - large).float().to(E4M3FN).view(torch.uint8)

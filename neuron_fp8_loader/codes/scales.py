@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import ScaleError
+from ..host.grain import count, mapped
 from .formats import Table
-from .grain import count, mapped
 
 E8M0 = getattr(torch, "float8_e8m0fnu", None)
 

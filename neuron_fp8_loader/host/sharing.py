@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ..codes.grain import GRAIN
+from .grain import GRAIN
 
 Span = tuple[int, int]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..codes.dequantize import dequantize, scale_values, values
-from ..codes.grain import count, mapped
 from ..codes.requantize import Fidelity, Tile, requantize, tiles
 from ..codes.scales import is_e8m0
 from ..errors import ScaleError, listing
+from ..host.grain import count, mapped
 from ..host.memory import allocate, shaped
 from ..host.parallel import run
 from ..host.sharing import identity, once_each

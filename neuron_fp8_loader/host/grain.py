@@ -19,6 +19,11 @@ def rows_at_once(columns: int) -> int:
     return max(1, GRAIN // max(1, columns))
 
 
+def entries(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]`` for a table of one dimension; indexing itself starts torch's threads, however small."""
+    return table.index_select(0, index.reshape(-1).long()).view(index.shape)
+
+
 def mapped(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``work`` on each element: a new contiguous tensor of ``dtype`` and of the tensor's shape."""
     out = torch.empty(tensor.shape, dtype=dtype, device="cpu")
