@@ -11,40 +11,13 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from oracle import expanded, values
+from oracle import bf16_bits, bf16_reference, granularity_of, to_bf16
 from support import REAL, codes, e4m3fn, random_codes, save, shared
 
 from neuron_fp8_loader import PlanError, ScaleError, WeightError, plan_checkpoint
 from neuron_fp8_loader.load.bf16 import read_bfloat16, unscaled_bfloat16
 from neuron_fp8_loader.load.index import selectors
-from neuron_fp8_loader.plan import Pair, Plan
-
-
-def to_bf16(exact: np.ndarray) -> np.ndarray:
-    """float64 -> bfloat16 bits, nearest even, by integers: the double rounding of float64 -> float32 -> bfloat16 is
-    not in it."""
-    bits = np.ascontiguousarray(exact).view(np.uint64)
-    sign, exponent, mantissa = bits >> 63, ((bits >> 52) & 0x7FF).astype(np.int64) - 1023, bits & ((1 << 52) - 1)
-    full = mantissa | np.uint64(1 << 52)
-    cut = np.where(exponent < -126, 45 + (-126 - exponent), 45).astype(np.uint64)  # bits to drop
-    cut = np.minimum(cut, np.uint64(62))
-    kept, rest = full >> cut, full & ((np.uint64(1) << cut) - np.uint64(1))
-    half = np.uint64(1) << (cut - np.uint64(1))
-    kept = kept + ((rest > half) | ((rest == half) & (kept & np.uint64(1) == 1)))
-    biased = np.where(exponent < -126, 0, exponent + 126).astype(np.uint64)
-    magnitude = np.where(exact == 0, 0, (biased << np.uint64(7)) + kept)
-    return ((sign << np.uint64(15)) | magnitude).astype(np.uint16)
-
-
-def reference(weight: torch.Tensor, scale: torch.Tensor, granularity: str) -> np.ndarray:
-    wide = expanded(values(scale), tuple(weight.shape), granularity)
-    assert wide is not None
-    return to_bf16(e4m3fn(weight).reshape(weight.shape) * wide)
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    assert tensor.dtype == torch.bfloat16
-    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+from neuron_fp8_loader.plan import Plan
 
 
 class Opened:
@@ -96,9 +69,9 @@ INDICES = [
 def test_every_index_of_a_matrix(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """257 x 401: ragged in blocks of 128, 64 and 32."""
     opened = Opened(tmp_path, random_codes((257, 401)), some_scale(shape, dtype))
-    whole = reference(opened.weight, opened.scale, str(opened.pair.granularity).replace("MX group", "block"))
+    whole = bf16_reference(opened.weight, opened.scale, str(opened.pair.granularity).replace("MX group", "block"))
     for index in INDICES:
-        np.testing.assert_array_equal(bits(opened[index]), whole[index], err_msg=str(index))
+        np.testing.assert_array_equal(bf16_bits(opened[index]), whole[index], err_msg=str(index))
 
 
 EXPERTS = [
@@ -113,17 +86,17 @@ EXPERTS = [
 def test_every_index_of_stacked_experts(tmp_path: Path, shape: tuple[int, ...]) -> None:
     opened = Opened(tmp_path, random_codes((4, 70, 130)), some_scale(shape))
     kind = str(opened.pair.granularity)
-    whole = reference(opened.weight, opened.scale, kind)
+    whole = bf16_reference(opened.weight, opened.scale, kind)
     for index in EXPERTS:
-        np.testing.assert_array_equal(bits(opened[index]), whole[index], err_msg=f"{kind} {index}")
+        np.testing.assert_array_equal(bf16_bits(opened[index]), whole[index], err_msg=f"{kind} {index}")
 
 
 def test_four_dimensions_and_one(tmp_path: Path) -> None:
     for shape, index in (((2, 3, 4, 5), (1, slice(1, 3), ..., 2)), ((9,), slice(2, 5))):
         opened = Opened(tmp_path, random_codes(shape), some_scale((1,)))
-        whole = reference(opened.weight, opened.scale, "tensor")
-        np.testing.assert_array_equal(bits(opened[index]), whole[index])
-        np.testing.assert_array_equal(bits(opened[:]), whole)
+        whole = bf16_reference(opened.weight, opened.scale, "tensor")
+        np.testing.assert_array_equal(bf16_bits(opened[index]), whole[index])
+        np.testing.assert_array_equal(bf16_bits(opened[:]), whole)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -132,20 +105,13 @@ def test_real_checkpoints(name: str) -> None:
     plan = plan_checkpoint(shared(name))
     for pair in plan.pairs:
         weight, scale = (_tensor(plan, tensor) for tensor in (pair.weight, pair.scale))
-        whole = reference(weight, scale, _named(plan, pair))
+        whole = bf16_reference(weight, scale, granularity_of(pair))
         lazy = [_slice(plan, tensor) for tensor in (pair.weight, pair.scale)]
-        np.testing.assert_array_equal(bits(read_bfloat16(plan, pair, *lazy, ...)), whole, err_msg=pair.weight)
+        np.testing.assert_array_equal(bf16_bits(read_bfloat16(plan, pair, *lazy, ...)), whole, err_msg=pair.weight)
         for part in (slice(None, 40), slice(40, 200)):
             for index in ((..., part, slice(None)), (..., part)):
-                got = bits(read_bfloat16(plan, pair, *lazy, index))
+                got = bf16_bits(read_bfloat16(plan, pair, *lazy, index))
                 np.testing.assert_array_equal(got, whole[index], err_msg=pair.weight)
-
-
-def _named(plan: Plan, pair: Pair) -> str:
-    kind = str(pair.granularity).replace("MX group", "block").removesuffix(" (scale stored transposed)")
-    if kind != "unknown":
-        return kind
-    return "expert column" if pair.transposed else "expert row"
 
 
 def _slice(plan: Plan, name: str) -> Any:
@@ -171,10 +137,10 @@ def test_the_product_is_rounded_once(tmp_path: Path) -> None:
     opened = Opened(tmp_path, codes(np.full((len(found), 2), code)), scale)
     exact = value * scale.double().numpy()
     assert (torch.from_numpy(exact).float().bfloat16().view(torch.int16).numpy() != to_bf16(exact)).any()
-    np.testing.assert_array_equal(bits(opened[:])[:, :1], to_bf16(exact))
+    np.testing.assert_array_equal(bf16_bits(opened[:])[:, :1], to_bf16(exact))
 
 
-def test_our_rounding_of_the_reference() -> None:
+def test_our_rounding_of_the_bf16_reference() -> None:
     """The integers above, against ml_dtypes where float32 holds the value, down to the smallest bfloat16 values."""
     rng = np.random.default_rng(0)
     exact = np.concatenate([rng.standard_normal(2000), rng.standard_normal(2000) * 2.0**-130, [0.0, -0.0, 2.0**-133]])
