@@ -12,7 +12,7 @@ help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
 	@echo "make test   install what the tests need and run them: those of the kernel on each of its paths, the rest once"
 	@echo "make test-all  run all tests on each path"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy, and the C with warnings as errors"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
 # torch first: with the pinned one there, nothing asks for another build
@@ -51,10 +51,18 @@ test-all: $(VENV)/.test
 		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest || exit 1; \
 	done
 
+NATIVE := neuron_fp8_loader/codes/_native
+PYTHON_H := $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])'
+
+# the C is compiled and thrown away, with warnings as errors; Python's own headers are not ours to mend
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@for file in $(NATIVE)/*.c; do \
+		$(CC) -std=c11 -O3 -fPIC -Wall -Wextra -Wconversion -Werror -isystem "$$($(PYTHON_H))" \
+			-c $$file -o /dev/null || exit 1; \
+	done
 
 # jax for the compile check's xla-cpu backend, which is left out where there is no wheel of it
 $(VENV)/.bench: $(VENV)/.package

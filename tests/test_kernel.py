@@ -137,17 +137,6 @@ def test_counts_add_up():
     assert parts[0] + parts[1] + parts[2] == Counts(0x7F, 1, 7, 4)
 
 
-def test_the_native_extension_refuses_nonsense():
-    native = kernel._kernel
-    if native is None:
-        pytest.skip("no native extension")
-    for name, n, table in (("nosuch", 1, HALF.symmetric), ("portable", 1, b"short"), ("portable", -1, HALF.symmetric)):
-        with pytest.raises(ValueError):
-            native.translate(name, GOOD.data_ptr(), 0, n, table)
-    with pytest.raises(TypeError):
-        native.translate("portable", GOOD.data_ptr())
-
-
 def test_threads_on_one_buffer(path):
     src = bytes_of(1 << 20, 9)
     expected, counts = oracle(src, RATIO)

@@ -73,7 +73,8 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
         return Counts()
     if active == "torch" or not table.symmetric:
         return _translate_torch(src, dst, table)
-    return Counts(*_kernel.translate(active, src.data_ptr(), 0 if dst is None else dst.data_ptr(), n, table.symmetric))
+    target = (0, 0) if dst is None else _span(dst)
+    return Counts(*_kernel.translate(active, *_span(src), *target, table.symmetric))
 
 
 def histogram(src: torch.Tensor) -> torch.Tensor:
@@ -87,8 +88,107 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     if active == "torch" or _kernel is None:
         return torch.bincount(src.view(-1), minlength=256)
     # in C not for speed alone: bincount starts torch's own threads from each of ours
-    counts = _kernel.histogram(src.data_ptr(), src.numel())
+    counts = _kernel.histogram(*_span(src))
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
+
+
+def run_max(src: torch.Tensor, width: int) -> torch.Tensor:
+    """The largest finite magnitude code of each run of ``width`` codes of each row. Native paths only.
+
+    Args:
+        src: uint8 [rows, columns], contiguous, on the CPU.
+        width: codes in a run, from 1 up; the last run of a row may be shorter.
+
+    Returns:
+        uint8 [rows, ceil(columns / width)].
+    """
+    _expect("src", src, torch.uint8, 2)
+    rows, columns = src.shape
+    width = _clamped(width, columns)
+    out = torch.empty(rows, -(-columns // width), dtype=torch.uint8, device="cpu")
+    _kernel.run_max(*_span(src), rows, columns, width, *_span(out))
+    return out
+
+
+def requantize(
+    src: torch.Tensor, dst: torch.Tensor, before: torch.Tensor, after: torch.Tensor, block: tuple[int, int]
+) -> tuple[float, float]:
+    """Write the codes nearest to ``src x before / after``. Native paths only.
+
+    Args:
+        src, dst: uint8 [rows, columns], contiguous, on the CPU; ``dst`` may be ``src``.
+        before: float64 [ceil(rows / block[0]), ceil(columns / block[1])], finite, not negative.
+        after: float64 [rows], finite, above 0.
+        block: (rows, columns) of a block, from 1 up.
+
+    Returns:
+        The sums of the squares of the values before and of their changes.
+    """
+    for name, tensor, dtype, dims in (
+        ("src", src, torch.uint8, 2),
+        ("dst", dst, torch.uint8, 2),
+        ("before", before, torch.float64, 2),
+        ("after", after, torch.float64, 1),
+    ):
+        _expect(name, tensor, dtype, dims)
+    rows, columns = src.shape
+    shape = (rows, columns, _clamped(block[0], rows), _clamped(block[1], columns))
+    return _kernel.requantize(active, *_span(src), *_span(dst), *shape, *_span(before), *_span(after))
+
+
+def dequantize(
+    src: torch.Tensor, dst: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], offset: tuple[int, int]
+) -> None:
+    """Write ``src x scale`` into ``dst``, each exact product rounded once. Native paths only.
+
+    Args:
+        src: uint8 [rows, columns] on the CPU, the codes of a row side by side.
+        dst: bfloat16 [rows, columns], likewise.
+        scales: float32 [ceil((offset[0] + rows) / block[0]), ceil((offset[1] + columns) / block[1])], contiguous.
+        block: (rows, columns) of a block, from 1 up.
+        offset: where in its first block ``src`` begins; less than ``block``.
+    """
+    _expect("scales", scales, torch.float32, 2)
+    rows, columns = src.shape
+    for name, t, dtype in (("src", src, torch.uint8), ("dst", dst, torch.bfloat16)):
+        if (
+            t.dtype != dtype
+            or t.shape != (rows, columns)
+            or (columns > 1 and t.stride(1) != 1)
+            or t.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"{name}: expected {dtype} {[rows, columns]} on the CPU with contiguous rows, not {t.dtype} "
+                f"{list(t.shape)} with strides {t.stride()} on {t.device}"
+            )
+    top, left = offset
+    size = _clamped(block[0], top + max(rows, 1)), _clamped(block[1], left + max(columns, 1))
+    _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
+
+
+def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:
+    """Where a matrix begins, how many bytes of its memory follow, and how many elements its rows are apart."""
+    size = matrix.element_size()
+    there = int(matrix.untyped_storage().nbytes()) - matrix.storage_offset() * size
+    return matrix.data_ptr(), there if matrix.numel() else 0, matrix.stride(0)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a contiguous tensor's bytes lie, and how many they are."""
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+
+def _clamped(block: int, length: int) -> int:
+    """A block larger than what it covers is as large as that: numbers from a file may not fit a machine word."""
+    return min(block, max(length, 1))
+
+
+def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, dims: int) -> None:
+    if tensor.dtype != dtype or tensor.dim() != dims or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected contiguous {dtype} of {dims} dimensions on the CPU, not {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
 
 
 _CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache

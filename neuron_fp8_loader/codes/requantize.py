@@ -17,11 +17,6 @@ import torch
 from . import kernel
 from .formats import E4M3FN, LARGEST_FIT, NAN_CODE, NEURON_MAX
 
-try:
-    from . import _kernel
-except ImportError:  # installed without a compiler
-    _kernel = None  # type: ignore[assignment]
-
 _TILE = 1 << 21  # bytes worked on at a time
 _AT_ONCE = 1 << 14  # scales whose candidates are compared at a time
 _GRID = 32  # evenly spaced candidates for a mantissa
@@ -163,7 +158,7 @@ def _largest(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     across = tile.scales.shape[1]
     top = torch.zeros(rows, across, dtype=torch.uint8, device="cpu")
     if kernel.active != "torch" and tile.src.numel():
-        _kernel.run_max(tile.src.data_ptr(), rows, columns, width, top.data_ptr())
+        top = kernel.run_max(tile.src, width)
     else:
         for first, last in _slices(rows, columns):
             codes = tile.src[first:last] & 0x7F
@@ -180,10 +175,7 @@ def _look_up(tile: Tile, row_scales: torch.Tensor) -> Fidelity:
     if tile.src.numel() == 0:
         return Fidelity()
     if kernel.active != "torch":
-        scales = tile.scales.contiguous()
-        src, dst = tile.src.data_ptr(), tile.dst.data_ptr()
-        shape = (rows, columns, *tile.block)
-        return Fidelity(*_kernel.requantize(kernel.active, src, dst, *shape, scales.data_ptr(), row_scales.data_ptr()))
+        return Fidelity(*kernel.requantize(tile.src, tile.dst, tile.scales.contiguous(), row_scales, tile.block))
     height, width = tile.block
     before = tile.scales.repeat_interleave(height, dim=0)[:rows]
     total = Fidelity()

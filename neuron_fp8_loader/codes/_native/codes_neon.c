@@ -12,10 +12,10 @@ static inline uint8x16x4_t load64(const uint8_t *p) {
     return t;
 }
 
-void fp8_translate_neon(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128],
+void fp8_translate_neon(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES],
                         fp8_counts *counts) {
     const uint8x16x4_t low = load64(table), high = load64(table + 64);
-    const uint8x16_t magnitude = vdupq_n_u8(0x7f), fits = vdupq_n_u8(0x77);
+    const uint8x16_t magnitude = vdupq_n_u8(FP8_MAGNITUDE), fits = vdupq_n_u8(FP8_LARGEST_FIT);
     uint8x16_t max = vdupq_n_u8(counts->max);
     uint64_t over = 0, lossy = 0, nan = 0;
     size_t i = 0;
@@ -31,7 +31,7 @@ void fp8_translate_neon(const uint8_t *src, uint8_t *dst, size_t n, const uint8_
                                               vqtbl4q_u8(high, vsubq_u8(code, vdupq_n_u8(64))));
             max = vmaxq_u8(max, code);
             n_over = vsubq_u8(n_over, vcgtq_u8(code, fits));
-            n_nan = vsubq_u8(n_nan, vceqq_u8(code, magnitude));
+            n_nan = vsubq_u8(n_nan, vceqq_u8(code, vdupq_n_u8(FP8_NAN)));
             n_lossy = vaddq_u8(n_lossy, vshrq_n_u8(entry, 7));
             if (dst) vst1q_u8(dst + i, vbslq_u8(magnitude, entry, byte));
         }

@@ -7,15 +7,15 @@
 #define NAN_CODE ((uint64_t)1 << 32)
 #define BLOCK ((size_t)32768)
 
-void fp8_translate_portable(const uint8_t *src, uint8_t *dst, size_t n,
-                            const uint8_t table[128], fp8_counts *counts) {
+void fp8_translate_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES],
+                            fp8_counts *counts) {
     uint8_t out[256];
     uint64_t class_of[256];
     if (n == 0) return;
     for (int byte = 0; byte < 256; byte++) {
-        const int code = byte & 0x7f;
-        out[byte] = (uint8_t)((byte & 0x80) | (table[code] & 0x7f));
-        class_of[byte] = (code == 0x7f ? NAN_CODE : code > 0x77 ? ABOVE : 0) + (table[code] >> 7) * LOSSY;
+        const int code = byte & FP8_MAGNITUDE;
+        out[byte] = (uint8_t)((byte & FP8_SIGN) | (table[code] & FP8_MAGNITUDE));
+        class_of[byte] = (code == FP8_NAN ? NAN_CODE : code > FP8_LARGEST_FIT ? ABOVE : 0) + (table[code] & FP8_SIGN ? LOSSY : 0);
     }
     uint8_t max = counts->max;
     for (size_t i = 0; i < n;) {
@@ -23,7 +23,7 @@ void fp8_translate_portable(const uint8_t *src, uint8_t *dst, size_t n,
         uint64_t seen = 0;
         /* apart from the look-ups: compilers turn this loop into vector code */
         for (size_t k = i; k < stop; k++) {
-            const uint8_t code = src[k] & 0x7f;
+            const uint8_t code = src[k] & FP8_MAGNITUDE;
             max = code > max ? code : max;
         }
         if (dst) {

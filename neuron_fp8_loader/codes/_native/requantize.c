@@ -5,20 +5,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define NAN_CODE 0x7f
-#define LARGEST_FIT 0x77
-
 /* The value of each magnitude code, and the midpoints between neighbours up to 240. */
 typedef struct {
-    double value[NAN_CODE], midpoint[LARGEST_FIT];
+    double value[FP8_NAN], midpoint[FP8_LARGEST_FIT];
 } number_line;
 
 static void draw(number_line *line) {
-    for (int code = 0; code < NAN_CODE; code++) {
+    for (int code = 0; code < FP8_NAN; code++) {
         const int exponent = code >> 3, mantissa = code & 7;
         line->value[code] = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
     }
-    for (int code = 0; code < LARGEST_FIT; code++)
+    for (int code = 0; code < FP8_LARGEST_FIT; code++)
         line->midpoint[code] = (line->value[code] + line->value[code + 1]) / 2;
 }
 
@@ -26,7 +23,7 @@ static void draw(number_line *line) {
 typedef struct {
     double before, after;
     float ratio;
-    uint8_t table[128];
+    uint8_t table[FP8_CODES];
 } entry;
 
 #define PANEL ((size_t)32) /* blocks */
@@ -38,14 +35,14 @@ static void begin(entry *e, const number_line *line, double before, double after
     const double ratio = before / after;
     /* Both sides ascend, so one walk along the midpoints rounds every code: to nearest, ties to even. */
     int nearest = 0;
-    for (int code = 0; code < NAN_CODE; code++) {
+    for (int code = 0; code < FP8_NAN; code++) {
         const double value = line->value[code] * ratio;
-        while (nearest < LARGEST_FIT &&
+        while (nearest < FP8_LARGEST_FIT &&
                (value > line->midpoint[nearest] || (value == line->midpoint[nearest] && (nearest & 1))))
             nearest++;
         e->table[code] = (uint8_t)nearest;
     }
-    e->table[NAN_CODE] = NAN_CODE;
+    e->table[FP8_NAN] = FP8_NAN;
     e->before = before;
     e->after = after;
     e->ratio = ratio < FLT_MAX ? (float)ratio : FLT_MAX; /* only zeros can meet a ratio like this */
@@ -101,7 +98,7 @@ void fp8_run_max(const uint8_t *src, size_t rows, size_t columns, size_t width, 
             uint8_t max = 0;
             for (size_t i = left; i < right; i++) {
                 /* + 1 makes NaN 0x80, whose low bits are 0: no branch, so that this becomes vector code */
-                const uint8_t code = (uint8_t)(((src[i] & 0x7f) + 1) & 0x7f);
+                const uint8_t code = (uint8_t)(((src[i] & FP8_MAGNITUDE) + 1) & FP8_MAGNITUDE);
                 max = code > max ? code : max;
             }
             *out++ = max ? max - 1 : 0;
@@ -116,13 +113,13 @@ static float value_of(uint8_t code) {
     return value * 0x1p120f; /* the difference of the exponents' biases; subnormals come out right, too */
 }
 
-void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
+void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES], float ratio,
                       double error[2]) {
     float signal[8] = {0}, noise[8] = {0};
     for (size_t i = 0; i < n; i++) {
-        const uint8_t code = src[i] & 0x7f, entry = table[code];
-        dst[i] = (uint8_t)((src[i] & 0x80) | entry);
-        if (code == NAN_CODE) continue;
+        const uint8_t code = src[i] & FP8_MAGNITUDE, entry = table[code];
+        dst[i] = (uint8_t)((src[i] & FP8_SIGN) | entry);
+        if (code == FP8_NAN) continue;
         const float was = value_of(code), change = was * ratio - value_of(entry);
         signal[i & 7] += was * was;
         noise[i & 7] += change * change;

@@ -6,21 +6,20 @@
 #ifndef NEURON_FP8_REQUANTIZE_H
 #define NEURON_FP8_REQUANTIZE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "format.h"
 
 /* One run of codes under one pair of scales.
  *
  * dst[i] = sign of src[i] | table[magnitude of src[i]], dst may be src. Adds to error[0] the squares of the values
  * before, in units of the scale before, and to error[1] the squares of (value before x ratio - value after), in
  * units of the scale after; NaN codes count for nothing. */
-typedef void (*fp8_run_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
+typedef void (*fp8_run_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES], float ratio,
                            double error[2]);
 
-void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
+void fp8_run_portable(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES], float ratio,
                       double error[2]);
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-void fp8_run_avx2(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[128], float ratio,
+#ifdef FP8_HAVE_AVX2
+void fp8_run_avx2(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES], float ratio,
                   double error[2]);
 #endif
 

@@ -1,0 +1,187 @@
+"""The native module trusts none of its arguments: each kind of wrong one is a ValueError, and nothing is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from neuron_fp8_loader import kernel
+from neuron_fp8_loader.codes.formats import HALF
+
+native = kernel._kernel
+pytestmark = pytest.mark.skipif(native is None, reason="no native extension")
+
+HUGE = 2**62
+CODES, OUT = torch.full((4, 6), 0x41, dtype=torch.uint8), torch.full((4, 6), 0x55, dtype=torch.uint8)
+RUNS = torch.zeros(4, 2, dtype=torch.uint8)
+WIDE, FACTORS = torch.full((4, 6), 7.0, dtype=torch.bfloat16), torch.ones(3, 2)
+BEFORE, AFTER = torch.ones(2, 2, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+GOOD: dict[str, dict[str, object]] = {
+    "translate": {
+        "path": "portable",
+        "src": CODES.data_ptr(),
+        "src_size": 24,
+        "dst": OUT.data_ptr(),
+        "dst_size": 24,
+        "table": HALF.symmetric,
+    },
+    "histogram": {"src": CODES.data_ptr(), "src_size": 24},
+    "run_max": {
+        "src": CODES.data_ptr(),
+        "src_size": 24,
+        "rows": 4,
+        "columns": 6,
+        "width": 3,
+        "out": RUNS.data_ptr(),
+        "out_size": 8,
+    },
+    "requantize": {
+        "path": "portable",
+        "src": CODES.data_ptr(),
+        "src_size": 24,
+        "dst": OUT.data_ptr(),
+        "dst_size": 24,
+        "rows": 4,
+        "columns": 6,
+        "height": 2,
+        "width": 3,
+        "before": BEFORE.data_ptr(),
+        "before_size": 32,
+        "after": AFTER.data_ptr(),
+        "after_size": 32,
+    },
+}
+GOOD["dequantize"] = {
+    "path": "portable",
+    "src": CODES.data_ptr(),
+    "src_size": 24,
+    "src_stride": 6,
+    "dst": WIDE.data_ptr(),
+    "dst_size": 48,
+    "dst_stride": 6,
+    "rows": 4,
+    "columns": 6,
+    "height": 2,
+    "width": 4,
+    "top": 1,
+    "left": 2,
+    "scales": FACTORS.data_ptr(),
+    "scales_size": 24,
+}
+
+
+def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
+    """Every argument, in every way in which its kind can be wrong."""
+    bad: list[tuple[str, object]] = []
+    for name, value in arguments.items():
+        if name == "path":
+            bad += [(name, "nosuch"), (name, "")]
+        elif name == "table":
+            bad += [(name, b""), (name, HALF.symmetric[:-1]), (name, HALF.symmetric + b"\0")]
+        elif name.endswith("_size"):
+            bad += [(name, -1), (name, value - 1), (name, value + 1), (name, HUGE)]
+        elif name in ("rows", "columns"):
+            bad += [(name, -1), (name, value - 1), (name, value + 1), (name, HUGE), (name, 2**63 - 1)]
+        elif name in ("height", "width"):
+            bad += [(name, 0), (name, -1), (name, -(2**63)), (name, 1)]
+        elif name in ("top", "left"):
+            bad += [(name, -1), (name, 4), (name, HUGE)]
+        elif name.endswith("_stride"):
+            bad += [(name, -1), (name, 5), (name, 7), (name, HUGE), (name, 2**63 - 1)]
+        else:  # an address
+            bad += [(name, 0), (name, 2**64 - 8)]
+            if name in ("before", "after", "scales"):
+                bad += [(name, value + 2)]
+            if name == "dst" and "src_stride" not in arguments:
+                bad += [(name, CODES.data_ptr() + 1)]
+    return bad
+
+
+# dequantize is given all the memory that follows, and may take fewer columns of as many blocks
+FINE = [("dequantize", "columns", 5)]
+FINE += [
+    ("dequantize", name, value) for name, size in (("src_size", 24), ("dst_size", 48)) for value in (size + 1, HUGE)
+]
+CASES = [
+    (call, name, value)
+    for call, arguments in GOOD.items()
+    for name, value in wrong(arguments)
+    if (call, name) != ("histogram", "src_size") or value == -1  # any other size is one, too
+    if (call, name, value) not in FINE
+]
+
+
+@pytest.mark.parametrize("call", GOOD)
+def test_the_right_arguments_pass(call: str) -> None:
+    getattr(native, call)(*GOOD[call].values())
+
+
+@pytest.mark.parametrize(("call", "name", "value"), CASES)
+def test_one_wrong_argument(call: str, name: str, value: object) -> None:
+    arguments = GOOD[call] | {name: value}
+    before, wide = OUT.clone(), WIDE.clone()
+    with pytest.raises(ValueError, match=r"."):
+        getattr(native, call)(*arguments.values())
+    assert torch.equal(OUT, before)
+    assert torch.equal(WIDE, wide)
+
+
+@pytest.mark.parametrize("call", GOOD)
+def test_a_missing_or_foreign_argument(call: str) -> None:
+    with pytest.raises(TypeError):
+        getattr(native, call)(*list(GOOD[call].values())[:-1])
+    with pytest.raises(TypeError):
+        getattr(native, call)(*[None] * len(GOOD[call]))
+
+
+def test_products_that_wrap_around() -> None:
+    """rows x columns is 0 modulo 2**64."""
+    call = GOOD["run_max"] | {"rows": 2**32, "columns": 2**32, "src_size": 0, "out_size": 0}
+    with pytest.raises(ValueError, match="larger than any memory"):
+        native.run_max(*call.values())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), -0.5])
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_scales_that_make_no_tables(which: str, value: float) -> None:
+    scales = (BEFORE if which == "before" else AFTER).clone()
+    scales.view(-1)[1] = value
+    with pytest.raises(ValueError, match=f"{which}: value 1"):
+        native.requantize(*(GOOD["requantize"] | {which: scales.data_ptr()}).values())
+
+
+def _views() -> dict[str, torch.Tensor]:
+    return {
+        "dtype": torch.zeros(4, 6, dtype=torch.int8),
+        "dimensions": torch.zeros(24, dtype=torch.uint8),
+        "strided": torch.zeros(4, 12, dtype=torch.uint8)[:, ::2],
+        "device": torch.zeros(4, 6, dtype=torch.uint8, device="meta"),
+    }
+
+
+@pytest.mark.parametrize("view", _views())
+def test_wrong_tensors(view: str) -> None:
+    tensor = _views()[view]
+    calls: list[Callable[[], object]] = [
+        lambda: kernel.run_max(tensor, 3),
+        lambda: kernel.requantize(tensor, OUT, BEFORE, AFTER, (2, 3)),
+        lambda: kernel.requantize(CODES, tensor, BEFORE, AFTER, (2, 3)),
+        lambda: kernel.requantize(CODES, OUT, BEFORE.float(), AFTER, (2, 3)),
+        lambda: kernel.requantize(CODES, OUT, BEFORE, AFTER[:, None], (2, 3)),
+        lambda: kernel.requantize(CODES, OUT, BEFORE[:1], AFTER, (2, 3)),
+        lambda: kernel.requantize(CODES, OUT[:3], BEFORE, AFTER, (2, 3)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"expected contiguous|bytes where its shape says"):
+            call()
+
+
+@pytest.mark.parametrize("size", [10**9 * 2, 2**62, 2**70])
+def test_blocks_larger_than_the_weight(size: int) -> None:
+    assert torch.equal(kernel.run_max(CODES, size), CODES.amax(dim=1, keepdim=True))
+    one, row = torch.ones(1, 1, dtype=torch.float64), AFTER
+    if kernel.active != "torch":
+        kernel.requantize(CODES, out := torch.zeros_like(CODES), one, row, (size, size))
+        assert torch.equal(out, CODES)
