@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
-from ..codes.dequantize import scale_values
+from ..codes.dequantize import dequantize_slice, scale_values
 from ..codes.formats import HALF
 from ..codes.granularity import Granularity
 from ..codes.kernel import translate
 from ..codes.scales import check_scale
 from ..errors import PlanError, ScaleError, WeightError
-from ..host.memory import as_bytes
+from ..host.memory import allocate, as_bytes, shaped
 from ..plan import Pair, Plan
 from ..plan.layout import can_be_dequantized, scale_shape, unknown
 from .index import picked, selectors, spans
-from .rounding import dequantize_slice
 
 _LARGEST = torch.finfo(torch.bfloat16).max / 448  # of a scale under which no value overflows
 
@@ -51,16 +50,16 @@ def read_bfloat16(plan: Plan, pair: Pair, weight: Any, scale: Any, index: Any, n
     if nan == "error":
         _check_codes(codes, plan.where(pair.weight))
     covers = coverage(plan, pair)
-    take, block, offset, grid = _covering(covers, plan.tensors[pair.scale].shape, where, codes.numel())
+    take, block, offset, grid = _covering(covers, plan.tensors[pair.scale].shape, where)
     part = scale[take] if take else scale[...]
     if nan == "error":
         _check_scale(part, plan.where(pair.scale))
     values = scale_values(part).float().reshape(-1, *grid)
     matrices = codes.reshape(len(values), -1, codes.shape[-1] if codes.dim() > 1 else 1)
-    if covers.kind == "tensor" and not covers.experts:
-        matrices = codes.reshape(1, 1, -1)
-    out = [dequantize_slice(m, v, block, offset) for m, v in zip(matrices, values, strict=True)]
-    whole = out[0] if len(out) == 1 else torch.stack(out)
+    whole = shaped(allocate(2 * codes.numel()), torch.bfloat16, tuple(matrices.shape))
+    for matrix, entries, out in zip(matrices, values, whole, strict=True):
+        rows = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+        dequantize_slice(rows, entries, block or (max(1, rows.shape[0]), rows.shape[1]), offset, out=out)
     return picked(whole.reshape(codes.shape), chosen, where)
 
 
@@ -102,24 +101,24 @@ def unscaled_bfloat16(plan: Plan, name: str, weight: Any, index: Any, nan: str =
 
 
 def _covering(
-    covers: Granularity, shape: tuple[int, ...], where: list[tuple[int, int]], numel: int
-) -> tuple[tuple[slice, ...], tuple[int, int], tuple[int, int], tuple[int, int]]:
+    covers: Granularity, shape: tuple[int, ...], where: list[tuple[int, int]]
+) -> tuple[tuple[slice, ...], tuple[int, int] | None, tuple[int, int], tuple[int, int]]:
     """Which part of a scale covers a part of its weight.
 
     Returns:
-        the scale's index; (rows, columns) of a block; (rows, columns) by which the part begins inside of one; and
-        (rows, columns) of the grid of entries, for each matrix.
+        the scale's index; (rows, columns) of a block, None for one that is as large as the matrix; (rows, columns) by
+        which the part begins inside of one; and (rows, columns) of the grid of entries, for each matrix.
     """
     take = [slice(None)] * len(shape)
     if covers.kind == "tensor" and not covers.experts:
-        return tuple(take), (1, numel), (0, 0), (1, 1)
+        return tuple(take), None, (0, 0), (1, 1)
     first = 0
     if covers.experts:
         take[0], first = slice(*where[0]), 1
     (top, bottom), (left, right) = where[-2:] if len(where) > 1 else (where[0], (0, 1))
     rows, columns = bottom - top, right - left
     if covers.kind == "tensor":
-        return tuple(take), (rows, columns), (0, 0), (1, 1)
+        return tuple(take), None, (0, 0), (1, 1)
     if covers.kind == "row":
         take[first] = slice(top, bottom)
         return tuple(take), (1, columns), (0, 0), (rows, 1)
