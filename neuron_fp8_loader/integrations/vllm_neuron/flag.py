@@ -27,9 +27,27 @@ _ON, _OFF = ("1", "true", "on", "yes"), ("", "0", "false", "off", "no")
 log = logging.getLogger("vllm.neuron_fp8_loader")
 
 
+_for_workers = False  # was the variable set here, because --quantization asked?
+
+
 def asked() -> bool:
     """Is the flag in the environment set to anything but off? Never raises."""
     return os.environ.get(ENV, "").strip().lower() not in _OFF
+
+
+def asked_by_user() -> bool:
+    """Is it, by somebody else than ``tell_workers``?"""
+    return asked() and not _for_workers
+
+
+def tell_workers(on: bool) -> None:
+    """Set the variable, which the processes of the workers inherit; or take it back, for another model."""
+    global _for_workers
+    if on and not asked():
+        os.environ[ENV], _for_workers = "1", True
+    elif not on and _for_workers:
+        os.environ.pop(ENV, None)
+        _for_workers = False
 
 
 def options() -> Options | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from ...options import Options
 from ...plan import Plan, plan_for
 from . import flag
 from .design import PRESENTED, Design, declares, design_for
-from .flag import ENV, QUANTIZATION, log
+from .flag import QUANTIZATION, log
 
 READER = "vllm_neuron.utils.checkpoints"
 """The module through which the plugin reads every tensor."""
-
-_set_here = False  # was the flag in the environment set here, for --quantization?
 
 
 def quantization_config(base: Any) -> type:
@@ -61,7 +58,7 @@ def quantization_config(base: Any) -> type:
 
         @classmethod
         def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, *args: Any, **kw: Any) -> str | None:
-            by_environment = user_quant is None and flag.asked() and declares(hf_quant_cfg) is not None
+            by_environment = user_quant is None and flag.asked_by_user() and declares(hf_quant_cfg) is not None
             return QUANTIZATION if (user_quant == QUANTIZATION or by_environment) and can_read() else None
 
         def get_quant_method(self, layer: Any, prefix: str) -> None:
@@ -90,11 +87,9 @@ def check_and_update_config(original: Callable[..., Any], cls: type, vllm_config
 
 
 def _prepare(vllm_config: Any, model: Any) -> None:
-    global _set_here
     named = getattr(model, "quantization", None) == QUANTIZATION
-    if _set_here and not named:  # for another model, before
-        os.environ.pop(ENV, None)
-        _set_here = False
+    if not named:
+        flag.tell_workers(False)
     if not named and not flag.asked():
         return
     if not can_read():
@@ -119,8 +114,8 @@ def _prepare(vllm_config: Any, model: Any) -> None:
     _show(holders, design)
     if design.kept and needs_rescale(flag.target()):
         _ask_for_compiler_flag(vllm_config)
-    if named and not flag.asked():
-        os.environ[ENV], _set_here = "1", True  # the workers inherit it
+    if named:
+        flag.tell_workers(True)
     log.info("neuron_fp8_loader: %s: %s", path, design)
 
 

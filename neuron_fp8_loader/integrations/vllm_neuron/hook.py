@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from ..patches import Patches
 from ..post_import import Callback, PostImport
 from . import gates, loading
-from .flag import QUANTIZATION, log
+from .flag import QUANTIZATION, log, tell_workers
 
 PACKAGE = "vllm_neuron"
 
@@ -51,13 +53,14 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo ``enable()``: every name that it replaced is put back. The environment stays."""
+    """Undo ``enable()``: every name that it replaced is put back."""
     global _hook
     if _hook is not None:
         _hook.remove()
         _patches.restore()
         while _undo:
             _undo.pop()()
+        tell_workers(False)
         _hook = None
 
 
@@ -72,20 +75,21 @@ def _harmless(callback: Callback) -> Callback:
 
 
 def _register_quantization(module: ModuleType) -> None:
-    methods, config = module.QUANTIZATION_METHODS, gates.quantization_config(module.QuantizationConfig)
-    before = QUANTIZATION in methods
-    module.register_quantization_config(QUANTIZATION)(config)
-    if not before:
-        _undo.append(lambda: methods.remove(QUANTIZATION) if QUANTIZATION in methods else None)
+    module.register_quantization_config(QUANTIZATION)(gates.quantization_config(module.QuantizationConfig))
+    # vLLM adds the name to its platform's list by itself, if it has one
+    platform = importlib.import_module("vllm.platforms").current_platform
+    for names in (module.QUANTIZATION_METHODS, getattr(platform, "supported_quantization", None)):
+        if isinstance(names, list):
+            _undo.append(functools.partial(_remove, names))
+
+
+def _remove(names: list[str]) -> None:
+    if QUANTIZATION in names:
+        names.remove(QUANTIZATION)
 
 
 def _patch_platform(module: ModuleType) -> None:
-    platform = module.NeuronPlatform
-    supported = platform.supported_quantization
-    if QUANTIZATION not in supported:
-        supported.append(QUANTIZATION)
-        _undo.append(lambda: supported.remove(QUANTIZATION) if QUANTIZATION in supported else None)
-    _wrap(platform, {"check_and_update_config": gates.check_and_update_config})
+    _wrap(module.NeuronPlatform, {"check_and_update_config": gates.check_and_update_config})
 
 
 def _patch_reader(module: ModuleType) -> None:
