@@ -15,7 +15,7 @@ from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV
 from neuron_fp8_loader.plan import Plan
 from tests.integrations.vllm_neuron_standin import Hub, Plugin
 from tests.oracle import bf16_bits, bf16_reference, granularity_of
-from tests.support import REAL, random_codes, save, save_shards, shared
+from tests.support import REAL, halved, random_codes, same_bytes, save, save_shards, shared
 
 BF16 = torch.bfloat16
 
@@ -195,6 +195,21 @@ def test_a_loader_that_asks_for_the_scale_gets_both_as_they_are(
     )
     result = plugin.read(tmp_path, {"a": (BF16, loader, ["a.weight", "a.weight_scale"])})
     assert torch.equal(result.state_dict["a"], (weight.double() * scale.double()).bfloat16())
+
+
+def test_layers_that_take_fp8_by_rows(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of somebody's own, with a parameter for the scales: both halves of the pair change, whatever it is."""
+    weight, scale = pair()
+    save(tmp_path / "model.safetensors", {"a.weight": weight, "a.weight_scale": scale})
+    monkeypatch.setenv(ENV, "1")
+    plugin.module("vllm.plugins").load_general_plugins()
+    loader = plugin.module("vllm_neuron.utils.weight_loader").SafetensorsWeightLoader
+    packed = loader(lambda slices, rank: slices[0][:].view(torch.int32))
+    parameters = {"s": (torch.float32, loader(), "a.weight_scale")}
+    for name, dtype, how in (("f", torch.float8_e4m3fn, loader()), ("p", torch.int32, packed)):
+        result = plugin.read(tmp_path, {**parameters, name: (dtype, how, "a.weight")}).state_dict
+        assert same_bytes(result[name].view(torch.float8_e4m3fn), halved(weight))
+        assert torch.equal(result["s"], 2 * scale)
 
 
 def test_what_cannot_be_read_is_an_error(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

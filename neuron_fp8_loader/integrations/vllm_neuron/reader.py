@@ -1,8 +1,8 @@
 """The plugin's one reading point, with FP8 weights in the dtype of the parameters that they are read for.
 
-What is done with a weight follows from the model, not from its name: a float8 parameter gets FP8 (rescaled for the
-device, and so are its scales), any other gets bfloat16, value x scale. A loader that asks for a weight's scale beside
-the weight knows how to use it, and gets both as they are.
+What is done with a weight follows from the model, not from its name: a parameter of 16 bits or more gets bfloat16,
+value x scale; a float8 one, or one of packed bytes, gets FP8, rescaled for the device, and so are its scales. A loader
+that asks for a weight's scale beside the weight knows how to use it, and gets both as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ...plan import Recipe, Step, make_plan, make_recipe
 from .flag import log
 from .names import sharing_input, spellings
 
-FP8 = (torch.float8_e4m3fn,)
 _FP8_NAMES = ("F8_E4M3", "F8_E4M3FNUZ")  # as safetensors has them
 
 
@@ -157,8 +156,8 @@ class Reader:
                 self._beside.setdefault(key, set()).update(keys)
 
     def is_kept(self, name: str) -> bool:
-        """Is this FP8 weight read for a float8 parameter?"""
-        return any(dtype in FP8 for dtype in self._dtypes.get(name, ()))
+        """Is this FP8 weight read for a parameter that cannot hold bfloat16?"""
+        return any(not dtype.is_floating_point or dtype.itemsize < 2 for dtype in self._dtypes.get(name, ()))
 
     def summary(self) -> str:
         """What happens to the FP8 weights, in one line; "" where there are none."""
@@ -206,7 +205,12 @@ class Reader:
         if pair is not None and pair.scale in self._beside.get(step.name, ()):
             return part
         if self.is_kept(step.name):
-            if pair is not None and (pair.granularity.kind != "tensor" or pair.granularity.experts):
+            reads_scale = pair is not None and pair.scale in self._dtypes  # into a parameter of its own
+            if (
+                pair is not None
+                and not reads_scale
+                and (pair.granularity.kind != "tensor" or pair.granularity.experts)
+            ):
                 raise OptionError(
                     f"{recipe.plan.where(step.name)}: one scale per {pair.granularity}, and the plugin's static FP8 "
                     'layers take one a tensor; NEURON_FP8_LOADER=\'{"dequantize": ["*"]}\' has it as bfloat16'
