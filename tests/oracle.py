@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from support import e4m3fn, ieee_e4m3, raw, sqnr
 
+from neuron_fp8_loader.plan import Pair
+
 
 def values(tensor: torch.Tensor) -> np.ndarray:
     """float64 values of a scale; e8m0, and uint8 that holds it, are decoded by ml_dtypes."""
@@ -80,3 +82,37 @@ def assert_bytes_kept(before: dict[str, torch.Tensor], after: dict[str, torch.Te
     for name in names:
         assert (after[name].dtype, after[name].shape) == (before[name].dtype, before[name].shape), name
         assert raw(after[name].reshape(-1)).tobytes() == raw(before[name].reshape(-1)).tobytes(), name
+
+
+def to_bf16(exact: np.ndarray) -> np.ndarray:
+    """float64 -> bfloat16 bits, nearest even, by integers: the double rounding of float64 -> float32 -> bfloat16 is
+    not in it."""
+    bits = np.ascontiguousarray(exact).view(np.uint64)
+    sign, exponent, mantissa = bits >> 63, ((bits >> 52) & 0x7FF).astype(np.int64) - 1023, bits & ((1 << 52) - 1)
+    full = mantissa | np.uint64(1 << 52)
+    cut = np.where(exponent < -126, 45 + (-126 - exponent), 45).astype(np.uint64)  # bits to drop
+    cut = np.minimum(cut, np.uint64(62))
+    kept, rest = full >> cut, full & ((np.uint64(1) << cut) - np.uint64(1))
+    half = np.uint64(1) << (cut - np.uint64(1))
+    kept = kept + ((rest > half) | ((rest == half) & (kept & np.uint64(1) == 1)))
+    biased = np.where(exponent < -126, 0, exponent + 126).astype(np.uint64)
+    magnitude = np.where(exact == 0, 0, (biased << np.uint64(7)) + kept)
+    return ((sign << np.uint64(15)) | magnitude).astype(np.uint16)
+
+
+def bf16_reference(weight: torch.Tensor, scale: torch.Tensor, granularity: str) -> np.ndarray:
+    """The bits of weight x scale, from float64, rounded once."""
+    wide = expanded(values(scale), tuple(weight.shape), granularity)
+    assert wide is not None
+    return to_bf16(e4m3fn(weight).reshape(weight.shape) * wide)
+
+
+def bf16_bits(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.dtype == torch.bfloat16
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def granularity_of(pair: Pair) -> str:
+    """As ``expanded`` takes it; where the shapes leave it open, by the convention."""
+    kind = str(pair.granularity).replace("MX group", "block").removesuffix(" (scale stored transposed)")
+    return ("expert column" if pair.transposed else "expert row") if kind == "unknown" else kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import click
 from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json
 
 if TYPE_CHECKING:
-    from ..tools.settings import Settings
+    from ..tools.settings import PluginSettings, Settings
 
 # inference_demo has no option for the flag; this hands it to its NeuronConfig
 _LAUNCH = """\
@@ -28,6 +29,14 @@ _MODULES_FILE = "modules_to_not_convert.json"
 
 @click.command(cls=Command)
 @checkpoint_argument
+@click.option(
+    "--for",
+    "stack",
+    type=click.Choice(["nxd", "vllm-neuron"]),
+    default="nxd",
+    show_default=True,
+    help="NxD Inference (by itself, or below vLLM), or the vLLM Neuron plugin without it.",
+)
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @choice("method")
 @click.option(
@@ -36,7 +45,13 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @json_option
 @click.pass_context
 def config(
-    ctx: click.Context, ckpt: str, tp_degree: int | None, method: str, modules_file: str | None, as_json: bool
+    ctx: click.Context,
+    ckpt: str,
+    stack: str,
+    tp_degree: int | None,
+    method: str,
+    modules_file: str | None,
+    as_json: bool,
 ) -> None:
     """What to tell NxD Inference, vLLM and inference_demo about CKPT, made from its headers.
 
@@ -45,10 +60,22 @@ def config(
     \b
     Example:
       neuron-fp8 config ./Llama-3.1-8B-FP8 --tp 8
+      neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
-    from ..tools.settings import settings_for
+    from ..tools.settings import plugin_settings_for, settings_for
     from ..tools.shards import beside
 
+    if stack == "vllm-neuron":
+        if modules_file:
+            raise click.UsageError("--modules-file is for inference_demo, which --for vllm-neuron does without")
+        plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
+        if as_json:
+            print_json("config", {"checkpoint": ckpt, "for": stack, **asdict(plugin)})
+        else:
+            echo(_plugin_text(plugin, method))
+        if not plugin.fp8:
+            ctx.exit(FINDING)
+        return
     settings = settings_for(ckpt, tp_degree=tp_degree, method=method)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
@@ -113,6 +140,20 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     launch = _LAUNCH.format(flag=values["fp8_rescale"])
     lines += [f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
     lines += ["", f"# scales: {settings.layout}"]
+    lines += [f"# note: {note}" for note in settings.notes]
+    return "\n".join(lines)
+
+
+def _plugin_text(settings: PluginSettings, method: str) -> str:
+    if not settings.fp8:
+        return "\n".join(settings.notes)
+    command = shlex.join(settings.command)
+    export = " ".join(f"{name}={value}" for name, value in settings.environment.items())
+    if method != "half":
+        command = f"{export} {command}"  # the name alone stands for half
+    lines = ["# vLLM Neuron plugin without NxD Inference", command]
+    lines += ["", "# the same, where the command line cannot be changed", f"export {export}"]
+    lines += ["", f"# weights: {settings.design}"]
     lines += [f"# note: {note}" for note in settings.notes]
     return "\n".join(lines)
 

@@ -19,13 +19,19 @@ class PostImport(importlib.abc.MetaPathFinder):
     def __init__(self, callbacks: Mapping[str, Callback]) -> None:
         self._callbacks = callbacks
         self._local = threading.local()
+        self._underway: set[str] = set()
 
     def install(self) -> None:
-        """Wait for the modules; for those that are there already, call back now."""
+        """Wait for the modules; for those that are there already, call back now.
+
+        One that is being imported just now (its import led to ours) is called back for at the next import after it.
+        """
         sys.meta_path.insert(0, self)
         for name, callback in self._callbacks.items():
             module = sys.modules.get(name)
-            if module is not None:
+            if module is not None and _is_underway(module):
+                self._underway.add(name)
+            elif module is not None:
                 callback(module)
 
     def remove(self) -> None:
@@ -35,6 +41,8 @@ class PostImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if self._underway and not getattr(self._local, "busy", False):
+            self._settle()
         if fullname not in self._callbacks or getattr(self._local, "busy", False):
             return None
         self._local.busy = True  # another finder of this kind may ask us back
@@ -46,6 +54,18 @@ class PostImport(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, self._callbacks[fullname])
         return spec
 
+    def _settle(self) -> None:
+        self._local.busy = True  # a callback may import
+        try:
+            for name in list(self._underway):
+                module = sys.modules.get(name)
+                if module is None or not _is_underway(module):
+                    self._underway.discard(name)  # one whose import failed is looked for anew
+                    if module is not None:
+                        self._callbacks[name](module)
+        finally:
+            self._local.busy = False
+
     def _ask_others(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -55,6 +75,10 @@ class PostImport(importlib.abc.MetaPathFinder):
                 if spec is not None:
                     return spec
         return None
+
+
+def _is_underway(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
 
 
 class _Loader(importlib.abc.Loader):

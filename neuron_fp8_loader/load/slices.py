@@ -17,7 +17,7 @@ from ..codes.scales import check_scale, rescaled
 from ..errors import CheckpointError, OptionError
 from ..host.memory import as_bytes, check_mode
 from ..options import Options
-from ..plan import ALL, Plan, Step, recipe_for
+from ..plan import ALL, Plan, Recipe, Step, recipe_for
 from .arguments import check_backend, checked_device
 from .checks import check_weights
 
@@ -110,27 +110,41 @@ class safe_open:
         return Slice(self, name, self._file.get_slice(name))
 
     def _ready(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """What a part of the tensor ``name`` becomes; a new tensor where it changes."""
-        step = self._recipe.steps[name]
-        if step.role == "weight":
-            part = self._weight(step, part)
-        elif step.role in ("scale", "activation scale"):
-            where = self.plan.where(name)
-            if self._options.nan == "error":
-                check_scale(part, where)
-            if step.action == "scale" and ALL.applies(step):
-                part = rescaled(part, self._recipe.table, where, reciprocal=step.reciprocal)
-        return part.to(self._device)
+        return ready(self._recipe, name, part).to(self._device)
 
-    def _weight(self, step: Step, part: torch.Tensor) -> torch.Tensor:
-        assert step.table is not None  # every weight has one
-        part = part.contiguous()
-        fresh = torch.empty_like(part, dtype=E4M3FN, device="cpu") if step.action == "translate" else None
-        seen: Counts = translate(as_bytes(part), None if fresh is None else as_bytes(fresh), step.table)
-        check_weights(self._recipe, {step.name: seen})
-        if fresh is not None:
-            return fresh
-        return values(part) if step.action == "dequantize" else part
+
+def ready(recipe: Recipe, name: str, part: torch.Tensor) -> torch.Tensor:
+    """What a part of the tensor ``name`` becomes if every weight is converted; a new tensor where it changes.
+
+    Args:
+        recipe: with ``layout="keep"`` and nothing to dequantize by a scale.
+        name: on disk.
+        part: any part of the tensor, on the CPU.
+
+    Raises:
+        WeightError, ScaleError: as ``load_file`` does, for this part.
+    """
+    step = recipe.steps[name]
+    if step.role == "weight":
+        return _weight(recipe, step, part)
+    if step.role in ("scale", "activation scale"):
+        where = recipe.plan.where(name)
+        if recipe.what.nan == "error":
+            check_scale(part, where)
+        if step.action == "scale" and ALL.applies(step):
+            part = rescaled(part, recipe.table, where, reciprocal=step.reciprocal)
+    return part
+
+
+def _weight(recipe: Recipe, step: Step, part: torch.Tensor) -> torch.Tensor:
+    assert step.table is not None  # every weight has one
+    part = part.contiguous()
+    fresh = torch.empty_like(part, dtype=E4M3FN, device="cpu") if step.action == "translate" else None
+    seen: Counts = translate(as_bytes(part), None if fresh is None else as_bytes(fresh), step.table)
+    check_weights(recipe, {step.name: seen})
+    if fresh is not None:
+        return fresh
+    return values(part) if step.action == "dequantize" else part
 
 
 class Slice:

@@ -14,6 +14,8 @@ import torch
 from ..codes import kernel
 from ..codes.device import PLATFORM_ENV, needs_rescale, platform
 from ..errors import OptionError
+from ..integrations import vllm_neuron
+from ..integrations.vllm_neuron import flag as vllm_neuron_flag
 from ..options import THREADS_ENV, Options
 from .settings import ENVIRONMENT
 
@@ -141,6 +143,26 @@ def _vllm() -> Iterator[Finding]:
         yield Finding("vllm", OK, "not installed; its plugin hook is registered")
     else:
         yield Finding("vllm", OK, f"vllm {version}: the hook is enabled in every process of it")
+    yield from _vllm_neuron(version)
+
+
+def _vllm_neuron(vllm: str | None) -> Iterator[Finding]:
+    """The plugin without NxD Inference: is it that one, and what is the flag?"""
+    if not vllm_neuron.is_installed():
+        return
+    text = "vllm-neuron reads checkpoints by itself, without NxD Inference: --quantization neuron_fp8 is its flag"
+    yield Finding("vllm", OK if vllm else NOTE, text, "" if vllm else "pip install vllm, of the version that it names")
+    try:
+        options = vllm_neuron_flag.options()
+    except OptionError as error:
+        yield Finding("vllm", PROBLEM, str(error), f"export {vllm_neuron_flag.ENV}=1, or unset it")
+        return
+    if options is not None:
+        on = "every FP8 checkpoint is read by neuron_fp8_loader"
+        yield Finding("vllm", OK, f"{vllm_neuron_flag.ENV} is set: {on}, with the flag or without")
+    if not vllm_neuron_flag.guarded():
+        text = f"{vllm_neuron_flag.GUARD_ENV} is off: without the flag, some FP8 checkpoints load without their scales"
+        yield Finding("vllm", NOTE, text, f"unset {vllm_neuron_flag.GUARD_ENV}")
 
 
 def _kernel() -> Iterator[Finding]:

@@ -1,4 +1,7 @@
-"""What to tell NxD Inference, vLLM and ``inference_demo`` about a checkpoint. Made from headers alone."""
+"""What to tell NxD Inference, ``inference_demo`` and vLLM, with either Neuron plugin, about a checkpoint.
+
+Made from headers alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from ..checkpoint import open_checkpoint
 from ..codes.formats import METHODS
 from ..errors import OptionError
 from ..integrations.names import modules_to_not_convert
+from ..integrations.vllm_neuron.design import design_for
+from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
+from ..options import Options
 from ..plan import Plan, plan_for
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
@@ -80,6 +86,60 @@ def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, 
     )
 
 
+@dataclass(frozen=True)
+class PluginSettings:
+    """How to run a checkpoint with the vLLM Neuron plugin that does without NxD Inference.
+
+    Attributes:
+        command: of ``vllm serve``.
+        environment: the variable that does the same where the command line cannot be changed.
+        kept: do the weights stay FP8? Otherwise they are read as bfloat16.
+        design: what happens to the weights, in words.
+        notes: what else to know.
+        fp8: does the checkpoint hold FP8 weights at all?
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+    kept: bool
+    design: str
+    notes: tuple[str, ...]
+    fp8: bool
+
+
+def plugin_settings_for(
+    path: str | os.PathLike[str], *, tp_degree: int | None = None, method: str = "half"
+) -> PluginSettings:
+    """Settings for the vLLM Neuron plugin; arguments and errors as for ``settings_for``."""
+    checkpoint = open_checkpoint(path)
+    plan = plan_for(checkpoint)
+    directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
+    config = _config(directory)
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    platform = target()
+    design = design_for(
+        architecture, plan, config.get("quantization_config"), Options.of({"method": method}), platform
+    )
+    notes = list(plan.warnings)
+    if design is None:
+        return PluginSettings([], {}, False, "", (*notes, "no float8_e4m3fn weights: the flag is not needed"), False)
+    command = ["vllm", "serve", str(directory), "--quantization", QUANTIZATION]
+    if tp_degree is not None:
+        command += ["--tensor-parallel-size", str(tp_degree)]
+    if any(scale.kind == "kv" for scale in plan.activation_scales):
+        notes.append("the KV cache scales are read where --kv-cache-dtype fp8 asks for an FP8 cache")
+    if not design.kept:
+        notes.append("as bfloat16, weights take twice the memory that they take as FP8")
+    if plan.unscaled:
+        notes.append(
+            f"{len(plan.unscaled)} FP8 weights have no scale, which stops the load; {ENV}="
+            '\'{"unscaled": "dequantize"}\' takes their values as they are'
+        )
+    environment = {ENV: "1" if method == "half" else method}
+    return PluginSettings(command, environment, design.kept, str(design), tuple(notes), True)
+
+
 def nxd_layout(plan: Plan) -> tuple[str, str]:
     """The ``quantization_type`` for a checkpoint, and what its scales must become for it, in words.
 
@@ -134,8 +194,14 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _model_type(directory: Path) -> str | None:
-    try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = _config(directory).get("model_type")
     return found if isinstance(found, str) else None
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """config.json; empty where there is none that can be read."""
+    try:
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

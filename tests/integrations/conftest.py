@@ -12,7 +12,10 @@ import pytest
 
 import neuron_fp8_loader
 from neuron_fp8_loader.codes.device import PLATFORM_ENV
+from neuron_fp8_loader.integrations import vllm_neuron
 from neuron_fp8_loader.integrations.neuron_config import ENVIRONMENT
+from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV, GUARD_ENV
+from tests.integrations import vllm_neuron_standin
 
 PACKAGE = "neuronx_distributed_inference"
 STANDIN = Path(__file__).parent / "standin"
@@ -62,3 +65,18 @@ def enabled(nxdi: Standin) -> Standin:
     """The stand-in with the hook enabled."""
     neuron_fp8_loader.enable()
     return nxdi
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[vllm_neuron_standin.Plugin]:
+    """The stand-in of the vLLM Neuron plugin on a trn2, importable and not imported yet; the flag is off."""
+    monkeypatch.setenv(PLATFORM_ENV, "trn2")
+    for name in (ENV, GUARD_ENV):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever the test does
+        monkeypatch.delenv(name)
+    vllm_neuron.disable()
+    vllm_neuron_standin.forget()
+    monkeypatch.syspath_prepend(str(vllm_neuron_standin.STANDIN))
+    yield vllm_neuron_standin.Plugin()
+    vllm_neuron.disable()
+    vllm_neuron_standin.forget()

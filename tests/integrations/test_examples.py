@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from tests.integrations.conftest import Standin
-from tests.support import ROOT, TINY
+from tests.integrations.vllm_neuron_standin import Plugin
+from tests.support import ROOT, TINY, shared
 
 EXAMPLES = ROOT / "examples"
 
@@ -30,6 +31,18 @@ def test_vllms_additional_config_is_what_neuron_config_takes(
     config = enabled.config.NeuronConfig(**override)
     assert config.modules_to_not_convert == ["lm_head"]
     assert enabled.application.NeuronApplicationBase.get_state_dict(str(TINY), enabled.config.InferenceConfig(config))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("modelopt_fp8_kv", "float8_e4m3fn"), ("hf_fp8_block", "bfloat16")])
+def test_the_vllm_neuron_plugin(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, dtype: str
+) -> None:
+    """On the stand-in, from vllm's LLM to the parameters of every rank."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    importlib.import_module("vllm_neuron_offline").main(str(shared(name)), "2")
+    assert capsys.readouterr().out == "The capital of France is (a stand-in)\n"
+    loaded = plugin.module("vllm").LLM.loaded
+    assert [str(m.model.layers[0].mlp.up_proj_weight.dtype) for m in loaded] == [f"torch.{dtype}"] * 2
 
 
 @pytest.mark.parametrize("name", ["nxd_inference", "vllm_offline", "model_builder_v1", "model_builder_v2"])
