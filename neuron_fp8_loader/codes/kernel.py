@@ -91,6 +91,28 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
 
 
+def place(src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Write a matrix transposed: ``dst[c, r] = src[r, c]``.
+
+    Args:
+        src: [rows, columns] of any dtype, contiguous, on the CPU.
+        dst: [columns, rows] of the same dtype, mostly a part of a larger tensor: the last dimension has stride 1. May
+            not overlap ``src``.
+    """
+    rows, columns = src.shape
+    fits = (
+        src.dtype == dst.dtype and tuple(dst.shape) == (columns, rows) and src.device.type == dst.device.type == "cpu"
+    )
+    if not fits or not src.is_contiguous() or (src.numel() and rows > 1 and dst.stride(1) != 1):
+        raise ValueError(f"place takes {src.dtype} {[columns, rows]} on the CPU for {[rows, columns]}, not "
+                         f"{dst.dtype} {list(dst.shape)}")  # fmt: skip
+    if active == "torch" or _kernel is None or src.element_size() != 1:
+        dst.copy_(src.t())
+    elif src.numel():
+        stride = dst.stride(0) if columns > 1 else rows
+        _kernel.place(active, src.data_ptr(), rows, columns, dst.data_ptr(), stride)
+
+
 _CHUNK = 1 << 18  # bytes; the int32 index made of it (1 MiB) stays in cache
 
 

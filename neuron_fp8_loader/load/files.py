@@ -21,9 +21,11 @@ from ..options import Options
 from ..plan import Plan, Recipe, Verdict, recipe_for
 from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
 from .finish import finished
+from .fused import FusedTensors
 from .layout import check_layout, prepare_layout
 from .report import Report, make_report
 from .state_dict import rescale_by
+from .stripes import from_files
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,7 +60,8 @@ def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
         **options: see ``Options``.
 
     Returns:
-        name -> CPU tensor. FP8 weights stay float8_e4m3fn, scales keep dtype and shape; all else is as on disk.
+        name -> CPU tensor. FP8 weights stay float8_e4m3fn, scales keep dtype and shape; all else is as on disk. With
+        ``layout``, ``experts`` and ``dequantize``, what they say.
 
     Raises:
         Fp8LoaderError: the checkpoint is damaged, ambiguous, or cannot be made safe for a Neuron device.
@@ -118,28 +121,45 @@ class _Load:
         self.threads, self.source = options.thread_count(), checkpoint.source
 
     def run(self) -> tuple[dict[str, torch.Tensor], Report]:
-        recipe = self.recipe
+        recipe, rest = self.recipe, self.recipe.as_they_are()
         self._check_together()
         self._check_unscaled_first()
         decisions = self._decisions()
-        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.weights}
-        infos = [recipe.plan.tensors[name] for name in recipe.steps]
+        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in rest.weights}
+        # scales of experts too: requantizing needs them first
+        infos = [recipe.plan.tensors[s.name] for s in recipe.steps.values() if s.place is None or s.role == "scale"]
         tensors, counts = self.source.read(infos, jobs, self.threads, self.options.progress)
+        fused = self._place(tensors, decisions)
+        counts = {s.name: counts.get(s.name) or fused.counts[s.name] for s in recipe.weights}
         check_weights(recipe, counts)
         verdict = self._verdict(decisions, counts)
         scales = new_scales(recipe, tensors, verdict)
         check_layout(recipe, tensors)
-        prepared = prepare_layout(recipe, tensors, scales, self.threads, inplace=True)
+        fused.scales(tensors, scales)
+        prepared = prepare_layout(rest, tensors, scales, self.threads, inplace=True)
         made = scales | prepared.carry_out(self.threads)
-        report = make_report(recipe, self.options, tensors, counts, verdict, scales, prepared.fidelity)
-        return finished(recipe, tensors, made), report
+        fidelity = prepared.fidelity | fused.fidelity
+        report = make_report(recipe, self.options, recipe.steps, counts, verdict, scales, fidelity)
+        ordered = {name: tensors.get(name) for name in recipe.steps}
+        return finished(recipe, ordered, made, fused.tensors), report
+
+    def _place(self, tensors: Mapping[str, torch.Tensor], decisions: Mapping[str, Decision]) -> FusedTensors:
+        """Read what goes into fused tensors."""
+        fused = FusedTensors(self.recipe)
+        if self.recipe.placed:
+            check_layout(self.recipe, tensors)
+            files = {self.recipe.plan.tensors[step.name].file for step in self.recipe.placed}
+            with from_files({file for file in files if file is not None}) as fetch:
+                fused.weights(fetch, tensors, decisions, self.threads, self.options.progress)
+        return fused
 
     def _check_together(self) -> None:
         torn = self.whole.torn(self.recipe.steps)
         if torn:
             raise CheckpointError(
-                f"{self.recipe.plan.source}: layout and dequantize need a weight and its scale together; load the "
-                f"directory instead of one shard, {listing('pair', torn)} in different shards"
+                f"{self.recipe.plan.source}: layout and dequantize need a weight and its scale together, "
+                'experts="fused" all experts of a block; load the directory instead of one shard, '
+                f"{listing('pair or fused tensor', torn)} in different shards"
             )
 
     def _check_unscaled_first(self) -> None:

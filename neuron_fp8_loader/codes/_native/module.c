@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "codes.h"
+#include "place.h"
 #include "requantize.h"
 
 /* Below this a call is shorter than giving up the GIL and taking it back. */
@@ -148,6 +149,7 @@ static PyMethodDef METHODS[] = {
      "run_max(src, rows, columns, width, out): largest finite magnitude code of each run of each row."},
     {"requantize", requantize, METH_VARARGS,
      "requantize(path, src, dst, rows, columns, height, width, before, after) -> (signal, noise)."},
+    FP8_PLACE_METHOD,
     {NULL, NULL, 0, NULL},
 };
 
