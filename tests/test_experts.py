@@ -20,6 +20,7 @@ from neuron_fp8_loader import (
     OptionError,
     PlanError,
     WeightError,
+    kernel,
     load_checkpoint,
     load_file,
     load_state_dict,
@@ -375,6 +376,7 @@ print(status("VmHWM") - before, sum(t.nbytes for t in out.values()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+@pytest.mark.skipif(kernel.active == "torch", reason="torch's temporaries are larger than a stripe")
 @pytest.mark.parametrize("layout", ["keep", "per_channel"])
 def test_memory_is_the_result_and_a_stripe_a_thread(tmp_path, layout):
     kind = Kind(scale=".weight_scale_inv", covers="block")

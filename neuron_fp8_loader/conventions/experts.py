@@ -39,6 +39,9 @@ ROUTERS = ("gate.weight", "router.weight")
 """What a block calls its router, [experts, hidden]: it tells how many experts there must be."""
 
 
+_WITHIN = tuple(dict.fromkeys(names.within for names in FAMILIES))
+
+
 class Located(NamedTuple):
     """Where a module belongs: part ``names.parts[part]`` of an expert (None: of all of them) of ``block``."""
 
@@ -72,4 +75,4 @@ def locate(module: str) -> Located | None:
 
 def is_among_experts(name: str) -> bool:
     """Does the name of a tensor or module say that it belongs to the experts of a block?"""
-    return any(f".{names.within}." in f".{name}" for names in FAMILIES)
+    return any(name.startswith(f"{within}.") or f".{within}." in name for within in _WITHIN)

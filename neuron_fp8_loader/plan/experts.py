@@ -105,10 +105,12 @@ def _members(plan: Plan, problems: list[str]) -> list[tuple[Located, _Member]]:
     accounted = {pair.scale for pair in plan.pairs} | {scale.name for scale in plan.activation_scales}
     found = []
     for name, info in plan.tensors.items():
-        if name in accounted or not is_among_experts(name):
+        if name in accounted:
             continue
         pair = pairs.get(name)
         located = locate(pair.module if pair else module_of(name))
+        if located is None and not is_among_experts(name):
+            continue
         if located is None or (pair is None and info.dtype not in ("bfloat16", "float16", "float32")):
             known = "; ".join(f"{'all in one: ' * names.stacked}{', '.join(names.parts)}" for names in FAMILIES)
             why = f"FP8 weights with their scales, or unquantized ones, called {known}"

@@ -326,7 +326,7 @@ class _Maker:
     def _check_names(self, steps: Mapping[str, Step]) -> None:
         taken: dict[str, str] = {}
         for step in steps.values():
-            owner = step.place.into if step.place else step.name
+            owner = "the experts" if step.place else step.name
             first = owner if step.action == "drop" else taken.setdefault(step.out, owner)
             if first != owner:
                 self.problems.append(f"{step.out}: {first} and {owner} would both get this name")
