@@ -212,6 +212,10 @@ def test_stacks(tmp_path, ends, covers, shapes, layout):
         return
     out = load_state_dict(save(tmp_path / "model.safetensors", sd), experts="fused", layout=layout)
     assert all(same_bytes(t, out[n]) for n, t in rescale_state_dict(sd, experts="fused", layout=layout).items())
+    given = frozen(sd)
+    assert rescale_state_dict(given, experts="fused", layout=layout, inplace=True) is given
+    assert set(given) == set(out)
+    assert all(same_bytes(t, out[n]) for n, t in given.items())
     assert len(out) == 4
     for part, name in (("gate_up_proj", GATE_UP), ("down_proj", DOWN)):
         weight, scale = sd[f"{BLOCK}.experts.{part}"], sd[f"{BLOCK}.experts.{part}{ends}"].double().numpy()
@@ -283,6 +287,40 @@ def test_unquantized_experts_are_stacked_too():
         gate, up, down = (sd[f"{BLOCK}.experts.{expert}.{name}.weight"] for name in NAMES["proj"])
         assert torch.equal(out[f"{GATE_UP}.weight"][expert], torch.cat([gate, up]).t())
         assert torch.equal(out[f"{DOWN}.weight"][expert], down.t())
+
+
+def test_groups_of_mx():
+    sd = per_expert(Kind(), 3, 64, 96)
+    for name in [n for n in sd if n.endswith("_scale")]:
+        rows, columns = sd[name.removesuffix("_scale")].shape
+        sd[name] = scales((rows, columns // 32), torch.uint8, np.random.default_rng(rows))
+    for layout, shape in (("keep", (3, 3, 128)), ("per_channel", (3, 1, 128))):
+        out = rescale_state_dict(sd, experts="fused", layout=layout)
+        assert out[f"{GATE_UP}.scale"].shape == shape
+        for expert, projections in enumerate(apart(out)):
+            for name, got in zip(NAMES["proj"], projections, strict=True):
+                module = f"{BLOCK}.experts.{expert}.{name}"
+                exponents = sd[f"{module}.weight_scale"].numpy().astype(np.float64) - 127
+                want = sd[f"{module}.weight"].double().numpy() * np.exp2(exponents).repeat(32, 1)
+                assert sqnr(want, got) > 80
+
+
+def test_what_lies_beside_experts_is_treated_as_ever():
+    """Static scales keep their names, other modules their layout, and dequantize reaches them."""
+    sd = per_expert(Kind(covers="tensor"), 2, 64, 96)
+    sd |= {
+        name.replace(".weight_scale", ".input_scale"): t.clone() for name, t in sd.items() if name.endswith("_scale")
+    }
+    for name in ("self_attn.o_proj", "self_attn.q_proj"):
+        sd[f"model.layers.0.{name}.weight"] = random_codes((64, 64))
+        sd[f"model.layers.0.{name}.weight_scale"] = torch.tensor(0.5)
+    options = {"layout": "per_channel", "dequantize": ["*.o_proj"]}
+    out, alone = (rescale_state_dict(sd, experts=experts, **options) for experts in ("fused", "keep"))
+    assert_right(sd, out, Kind(covers="tensor"), 100)
+    others = [name for name in alone if ".experts." not in name or name.endswith("input_scale")]
+    assert len(others) == 6 + 3
+    assert set(others) == {name for name in out if "mlp_op" not in name}
+    assert all(same_bytes(out[name], alone[name]) for name in others)
 
 
 def test_counts_are_those_of_the_experts_alone(tmp_path):

@@ -1,6 +1,6 @@
 """Fills fused tensors: each stripe of an expert's weight is translated in cache and placed where it belongs.
 
-Memory is the fused tensors and one stripe a thread: about ``PIECE``, or a row of blocks where those are larger.
+Memory is the fused tensors and one stripe a thread: 1 or 2 MiB, or a row of blocks where that is larger.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from ..codes.dequantize import scale_values
 from ..codes.kernel import Counts, translate
 from ..codes.requantize import Fidelity, requantize, tiles
 from ..host.memory import allocate, populate, shaped
-from ..host.parallel import progress, run
+from ..host.parallel import PIECE, progress, run
 from ..plan import Pair, Recipe, Step
 from .layout import as_float32
 from .stripes import Fetch, Stripe, stripes
 
 Tensors = Mapping[str, torch.Tensor]
+
+_REQUANTIZED = 2 * PIECE  # a stripe that is requantized is worth a few dozen calls of torch
 
 
 class FusedTensors:
@@ -111,14 +113,14 @@ class FusedTensors:
                 self._place_scale(step, as_float32(scale, self.recipe.plan.where(step.name)))
 
     def _cut(self, step: Step, scales: Tensors) -> list[Stripe]:
-        whole = 1
-        if step.action == "requantize":
-            assert step.pair is not None
-            whole = _block(step.pair)[0]
-            self._grids[step.name] = scale_values(scales[step.pair.scale])
+        info = self.recipe.plan.tensors[step.name]
         if step.role == "weight":
             self.counts[step.name] = Counts()
-        return list(stripes(self.recipe.plan.tensors[step.name], whole))
+        if step.action != "requantize":
+            return list(stripes(info))
+        assert step.pair is not None
+        self._grids[step.name] = scale_values(scales[step.pair.scale])
+        return list(stripes(info, _block(step.pair)[0], _REQUANTIZED))
 
     def _settle(self, stripe: Stripe, codes: torch.Tensor, decisions: Mapping[str, Decision]) -> bool:
         """Make the codes what they come out as, in place. False: as long as nothing says that they must change."""

@@ -54,12 +54,12 @@ Fetch = Callable[[Stripe, torch.Tensor], None]
 """Fills uint8 [stripe.nbytes] with a stripe's bytes. Several threads may call it at once."""
 
 
-def stripes(info: TensorInfo, whole: int = 1) -> Iterator[Stripe]:
-    """Cut a matrix, or a stack of them, into stripes of about ``PIECE``, each a multiple of ``whole`` rows."""
+def stripes(info: TensorInfo, whole: int = 1, nbytes: int = PIECE) -> Iterator[Stripe]:
+    """Cut a matrix, or a stack of them, into stripes of up to ``nbytes``, each a multiple of ``whole`` rows."""
     if info.numel == 0:
         return
     rows, matrices = info.shape[-2], info.shape[0] if len(info.shape) == 3 else 1
-    step = max(1, PIECE // Stripe(info, 0, 0, 0).row_bytes)
+    step = max(1, nbytes // Stripe(info, 0, 0, 0).row_bytes)
     if step >= _TILE:
         step -= step % _TILE
     step = max(whole, step - step % whole)
