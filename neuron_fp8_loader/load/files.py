@@ -108,7 +108,8 @@ def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[d
         # all of them, even for one shard of several: right, but not fast; such files are not made to be read in parts
         state_dict, report = rescale_by(mapped, recipe, options, inplace=False)
         if checkpoint.selected != frozenset(checkpoint.files):
-            state_dict = {recipe.steps[name].out: state_dict[recipe.steps[name].out] for name in names}
+            outs = [recipe.steps[name].out for name in names if recipe.steps[name].action != "drop"]
+            state_dict = {out: state_dict[out] for out in outs}
         return state_dict, report
     return _Load(checkpoint, recipe, recipe.within(names), options).run()
 

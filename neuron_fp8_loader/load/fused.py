@@ -42,7 +42,7 @@ class FusedTensors:
         self.fidelity: dict[str, Fidelity] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self._raw: dict[str, torch.Tensor] = {}
-        self._grids: dict[str, torch.Tensor] = {}
+        self._block_scales: Tensors = {}
         self._lock = threading.Lock()
         for name in dict.fromkeys(step.out for step in recipe.placed):
             fused = recipe.fused[name]
@@ -67,7 +67,8 @@ class FusedTensors:
                 What was placed before that is placed anew.
             threads, show_progress: as ``reader.read``.
         """
-        jobs = [part for step in self.recipe.placed if step.role != "scale" for part in self._cut(step, scales)]
+        self._block_scales = scales
+        jobs = [part for step in self.recipe.placed if step.role != "scale" for part in self._cut(step)]
         late: list[Stripe] = []
         own = threading.local()
         with ExitStack() as stack:
@@ -112,14 +113,13 @@ class FusedTensors:
                 scale = new.get(step.name, original[step.name])
                 self._place_scale(step, as_float32(scale, self.recipe.plan.where(step.name)))
 
-    def _cut(self, step: Step, scales: Tensors) -> list[Stripe]:
+    def _cut(self, step: Step) -> list[Stripe]:
         info = self.recipe.plan.tensors[step.name]
         if step.role == "weight":
             self.counts[step.name] = Counts()
         if step.action != "requantize":
             return list(stripes(info))
         assert step.pair is not None
-        self._grids[step.name] = scale_values(scales[step.pair.scale])
         return list(stripes(info, _block(step.pair)[0], _REQUANTIZED))
 
     def _settle(self, stripe: Stripe, codes: torch.Tensor, decisions: Mapping[str, Decision]) -> bool:
@@ -149,8 +149,10 @@ class FusedTensors:
         block, place = _block(step.pair), self.recipe.steps[step.pair.scale].place
         assert place is not None
         rows, columns = stripe.info.shape[-2:]
-        grid = self._grids[step.name].reshape(-1, -(-rows // block[0]), -(-columns // block[1]))[stripe.matrix]
-        scales = grid[stripe.first // block[0] : -(-stripe.last // block[0])].contiguous()
+        grids = self._block_scales[step.pair.scale].reshape(-1, -(-rows // block[0]), -(-columns // block[1]))
+        scales = scale_values(
+            grids[stripe.matrix, stripe.first // block[0] : -(-stripe.last // block[0])]
+        ).contiguous()
         expert = stripe.matrix if place.expert is None else place.expert
         first = place.column + stripe.first
         row_scales = self.tensors[place.into][expert, 0, first : first + stripe.rows]
