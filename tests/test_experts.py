@@ -387,6 +387,15 @@ def test_bin_files(tmp_path):
     assert_right(sd, load_state_dict(tmp_path, experts="fused"), Kind(), 100)
 
 
+@pytest.mark.parametrize("layout", ["keep", "per_channel"])
+def test_a_copy_on_disk_is_taken_as_it_is(tmp_path, layout):
+    sd = per_expert(KINDS["DeepSeek"], 3, 128, 256)
+    out = load_state_dict(save(tmp_path / "model.safetensors", sd), experts="fused", layout=layout)
+    again = load_state_dict(save(tmp_path / "copy.safetensors", out))
+    assert set(again) == set(out)
+    assert all(same_bytes(tensor, again[name]) for name, tensor in out.items())
+
+
 def test_who_does_not_stack_says_so(tmp_path):
     file = save(tmp_path / "model.safetensors", per_expert(Kind(), 2, 64, 64))
     for refused in (
