@@ -19,6 +19,7 @@ Nan = Literal["error", "keep"]
 Unscaled = Literal["error", "dequantize", "keep"]
 ActivationScales = Literal["rescale", "keep"]
 LayoutName = Literal["keep", "per_channel", "per_tensor"]
+Experts = Literal["keep", "fused"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -26,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "unscaled": get_args(Unscaled),
     "activation_scales": get_args(ActivationScales),
     "layout": get_args(LayoutName),
+    "experts": get_args(Experts),
 }
 """What an option of a few words may be; the default comes first. The command line offers the same."""
 
@@ -39,6 +41,7 @@ class OptionKeywords(TypedDict, total=False):
     unscaled: Unscaled
     activation_scales: ActivationScales
     layout: LayoutName
+    experts: Experts
     dequantize: str | Sequence[str]
     threads: int | None
     progress: bool | None
@@ -54,6 +57,7 @@ class What:
     unscaled: str = "error"
     activation_scales: str = "rescale"
     layout: str = "keep"
+    experts: str = "keep"
     dequantize: str | Sequence[str] = ()
 
     @property
@@ -99,6 +103,12 @@ class Options(How, What):
             of them by the method's factor if any weight of the checkpoint did not fit, ``"keep"`` leaves them.
         layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
             are requantized, which rounds once more; see ``codes.requantize``), ``"per_tensor"`` [1].
+        experts: of a mixture of experts: ``"keep"`` as on disk; ``"fused"`` as NxD's fused layers take them, those of
+            a block in one tensor: ``{block}.expert_mlps.mlp_op.gate_up_proj.weight`` float8_e4m3fn [experts, in,
+            2 x out] (gate, then up) and ``...down_proj.weight`` [experts, in, out], each with a float32 ``.scale``:
+            [experts, 1, out], or with ``layout="keep"`` and block scales one a block, [experts, in / 128, out / 128].
+            ``{block}`` is what stands before ``.experts`` in the checkpoint, prefixes included. Bytes and scales of
+            each expert are those of ``"keep"`` with the same layout: a weight that fits passes bit for bit here too.
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
@@ -113,6 +123,11 @@ class Options(How, What):
         if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
             raise OptionError(f"dequantize={self.dequantize!r}: expected module names or patterns, as a list")
         object.__setattr__(self, "dequantize", tuple(patterns))
+        if self.experts == "fused" and self.layout == "per_tensor":
+            raise OptionError(
+                'experts="fused" with layout="per_tensor": expected layout="per_channel" or "keep"; either gives one '
+                "scale an expert and row for scales per tensor"
+            )
         if not isinstance(self.always, bool):
             raise OptionError(f"always={self.always!r}: expected True or False")
         threads = self.threads

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 
 KERNEL_PATH = (
     "test_conventions.py",
+    "test_experts.py",
     "test_kernel.py",
     "test_layout.py",
     "test_load.py",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import e4m3fn, ieee_e4m3, raw, shared, sqnr
+from support import e4m3fn, ieee_e4m3, raw, save_shards, shared, sqnr
 
 from neuron_fp8_loader import (
     CheckpointError,
@@ -338,3 +338,9 @@ def test_one_scale_for_weights_of_different_shapes_is_refused() -> None:
     finally:
         for rule in rules:
             conventions.unregister(rule.name)
+
+
+def test_one_bin_shard_of_several_without_its_dropped_scale(tmp_path: Path) -> None:
+    shards = [{f"{m}.weight": weight(8, 8), f"{m}.weight_scale": torch.ones(8, 1)} for m in "ab"]
+    first, _ = save_shards(tmp_path, *shards, stem="pytorch_model", ext=".bin")
+    assert {n: t.dtype for n, t in load_file(first, dequantize=["a"]).items()} == {"a.weight": torch.bfloat16}

@@ -79,6 +79,16 @@ GOOD["dequantize"] = {
     "scales": FACTORS.data_ptr(),
     "scales_size": 24,
 }
+GOOD["place"] = {
+    "path": "portable",
+    "src": CODES.data_ptr(),
+    "src_size": 24,
+    "rows": 4,
+    "columns": 6,
+    "dst": OUT.data_ptr(),
+    "dst_size": 24,
+    "dst_stride": 4,
+}
 
 
 def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
@@ -113,6 +123,7 @@ FINE = [("dequantize", "columns", 5)]
 FINE += [
     ("dequantize", name, value) for name, size in (("src_size", 24), ("dst_size", 48)) for value in (size + 1, HUGE)
 ]
+FINE += [("place", "dst_size", value) for value in (25, HUGE)]  # it is given all the memory that follows, too
 CASES = [
     (call, name, value)
     for call, arguments in GOOD.items()

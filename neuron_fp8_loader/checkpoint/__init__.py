@@ -6,11 +6,12 @@ from .given import existing, existing_file
 from .info import TensorInfo, describe
 from .reader import Decision, WeightJob
 from .regular import check_unchanged
-from .source import Source
+from .source import Fill, Source
 
 __all__ = [
     "Checkpoint",
     "Decision",
+    "Fill",
     "Source",
     "TensorInfo",
     "WeightJob",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,15 +11,18 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
-from ..host.memory import allocate, as_bytes, shaped
+from ..errors import CheckpointError
+from ..host.memory import allocate, as_bytes, buffer, shaped
 from ..host.parallel import pieces, run
 from . import reader
 from .bin import load_bin
 from .info import TensorInfo
 from .reader import WeightJob
-from .regular import Stamp
+from .regular import Opened, Stamp, fill
 
 See = Callable[[str, torch.Tensor], None]
+Fill = Callable[[TensorInfo, int, torch.Tensor], None]
+"""``fill(info, start, out)`` fills uint8 [n] with a tensor's bytes from ``start`` on. Threads may share it."""
 
 
 class Source(Protocol):
@@ -38,6 +42,9 @@ class Source(Protocol):
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         """Does any of these weights hold a code that does not fit? Reads no further than the first one."""
+
+    def opened(self, infos: Iterable[TensorInfo]) -> AbstractContextManager[Fill]:
+        """For those who read some bytes of these tensors at a time."""
 
     def mapped(self) -> dict[str, Any] | None:
         """The whole state dict where the files are mapped into memory as they are; None where they must be read."""
@@ -63,6 +70,21 @@ class SafetensorsSource:
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         return reader.find_overflow(infos, self._stamps, table)
+
+    @contextmanager
+    def opened(self, infos: Iterable[TensorInfo]) -> Iterator[Fill]:
+        with Opened(dict.fromkeys(info.file for info in infos if info.file is not None), self._stamps) as handles:
+
+            def fill_from(info: TensorInfo, start: int, out: torch.Tensor) -> None:
+                assert info.file is not None
+                got = fill(info.file, handles[info.file], [buffer(out)], info.offset + start)
+                if got < out.numel():
+                    end = info.offset + start + got
+                    raise CheckpointError(
+                        f"{info.file}: ends at byte {end}, in the data of {info.name}; was it truncated?"
+                    )
+
+            yield fill_from
 
     def mapped(self) -> dict[str, Any] | None:
         return None
@@ -109,6 +131,15 @@ class BinSource:
         flat = {name: as_bytes(tensor.contiguous()) for name, tensor in self._tensors(infos).items()}
         jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
         run(jobs, lambda job: see(job[0], flat[job[0]][job[1] : job[2]]), threads)
+
+    @contextmanager
+    def opened(self, infos: Iterable[TensorInfo]) -> Iterator[Fill]:
+        flat = {name: as_bytes(tensor.contiguous()) for name, tensor in self._tensors(infos).items()}
+
+        def fill_from(info: TensorInfo, start: int, out: torch.Tensor) -> None:
+            out.copy_(flat[info.name][start : start + out.numel()])
+
+        yield fill_from
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         found = self._tensors(infos).values()

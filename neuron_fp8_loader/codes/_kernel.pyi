@@ -56,3 +56,14 @@ def dequantize(
     scales_size: int,
     /,
 ) -> None: ...
+def place(
+    path: str,
+    src: int,
+    src_size: int,
+    rows: int,
+    columns: int,
+    dst: int,
+    dst_size: int,
+    stride: int,
+    /,
+) -> None: ...

@@ -183,6 +183,29 @@ def dequantize(
     _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
 
 
+def place(src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Write a matrix transposed: ``dst[c, r] = src[r, c]``.
+
+    Args:
+        src: [rows, columns] of any dtype, contiguous, on the CPU.
+        dst: [columns, rows] of the same dtype, mostly a part of a larger tensor: the last dimension has stride 1. May
+            not overlap ``src``.
+    """
+    rows, columns = src.shape
+    fits = (
+        src.dtype == dst.dtype and tuple(dst.shape) == (columns, rows) and src.device.type == dst.device.type == "cpu"
+    )
+    if not fits or not src.is_contiguous() or (src.numel() and rows > 1 and dst.stride(1) != 1):
+        raise ValueError(f"place takes {src.dtype} {[columns, rows]} on the CPU for {[rows, columns]}, not "
+                         f"{dst.dtype} {list(dst.shape)}")  # fmt: skip
+    if active == "torch" or _kernel is None or src.element_size() != 1:
+        dst.copy_(src.t())
+    elif src.numel():
+        stride = dst.stride(0) if columns > 1 else rows
+        at, size, _ = _rest(dst)
+        _kernel.place(active, *_span(src), rows, columns, at, size, stride)
+
+
 def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:
     """Where a matrix begins, how many bytes of its memory follow, and how many elements its rows are apart."""
     size = matrix.element_size()

@@ -23,9 +23,11 @@ from ..plan import Plan, Recipe, Verdict, recipe_for
 from .arguments import check_backend, checked_device
 from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
 from .finish import finished
+from .fused import FusedTensors
 from .layout import check_layout, prepare_layout
 from .report import Report, make_report
 from .state_dict import rescale_by
+from .stripes import from_source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +62,8 @@ def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
         **options: see ``Options``.
 
     Returns:
-        name -> CPU tensor. FP8 weights stay float8_e4m3fn, scales keep dtype and shape; all else is as on disk.
+        name -> CPU tensor. FP8 weights stay float8_e4m3fn, scales keep dtype and shape; all else is as on disk. With
+        ``layout``, ``experts`` and ``dequantize``, what they say.
 
     Raises:
         Fp8LoaderError: the checkpoint is damaged, ambiguous, or cannot be made safe for a Neuron device.
@@ -126,6 +129,7 @@ def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[d
     if mapped is not None:
         if not checkpoint.is_part:
             return rescale_by(mapped, recipe, options, inplace=False)
+        _refuse_torn(recipe, recipe.torn_places(names))
         # with what decides with them, in whichever file it is; the rest is mapped, but not looked at
         needed = _deciding(recipe, names)
         part = {name: mapped[name] for name in recipe.steps if name in needed}
@@ -149,6 +153,15 @@ def _deciding(recipe: Recipe, names: Sequence[str]) -> set[str]:
     return needed
 
 
+def _refuse_torn(recipe: Recipe, torn: list[str]) -> None:
+    if torn:
+        raise CheckpointError(
+            f"{recipe.plan.source}: layout and dequantize need a weight and its scale together, "
+            'experts="fused" all experts of a block; load the directory instead of one shard, '
+            f"{listing('pair or fused tensor', torn)} in different shards"
+        )
+
+
 class _Load:
     """One load: ``whole`` is the recipe of the checkpoint, ``recipe`` the part of it that is read."""
 
@@ -158,35 +171,42 @@ class _Load:
 
     def run(self) -> tuple[dict[str, torch.Tensor], Report]:
         recipe = self.recipe
-        self._check_together()
+        _refuse_torn(self.recipe, self.whole.torn(self.recipe.steps))
         self._check_unscaled_first()
         decisions = self._decisions()
-        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.weights}
-        infos = [recipe.plan.tensors[name] for name in recipe.steps]
-        with needing(sum(info.nbytes for info in infos), recipe.plan.source):
+        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.as_they_are().weights}
+        # scales of experts too: requantizing needs them first
+        infos = [recipe.plan.tensors[s.name] for s in recipe.steps.values() if s.place is None or s.role == "scale"]
+        with needing(sum(recipe.plan.tensors[name].nbytes for name in recipe.steps), recipe.plan.source):
             return self._read(decisions, infos, jobs)
 
     def _read(
         self, decisions: dict[str, Decision], infos: list[TensorInfo], jobs: dict[str, WeightJob]
     ) -> tuple[dict[str, torch.Tensor], Report]:
-        recipe = self.recipe
+        recipe, rest = self.recipe, self.recipe.as_they_are()
         tensors, counts = self.source.read(infos, jobs, self.threads, self.options.progress)
+        fused = self._place(tensors, decisions)
+        counts = {s.name: counts.get(s.name) or fused.counts[s.name] for s in recipe.weights}
         check_weights(recipe, counts)
         verdict = self._verdict(decisions, counts)
         scales = new_scales(recipe, tensors, verdict)
         check_layout(recipe, tensors)
-        prepared = prepare_layout(recipe, tensors, scales, self.threads, inplace=True)
+        fused.scales(tensors, scales)
+        prepared = prepare_layout(rest, tensors, scales, self.threads, inplace=True)
         made = scales | prepared.carry_out(self.threads)
-        report = make_report(recipe, self.options, tensors, counts, verdict, scales, prepared.fidelity)
-        return finished(recipe, tensors, made), report
+        fidelity = prepared.fidelity | fused.fidelity
+        report = make_report(recipe, self.options, recipe.steps, counts, verdict, scales, fidelity)
+        ordered = {name: tensors.get(name) for name in recipe.steps}
+        return finished(recipe, ordered, made, fused.tensors), report
 
-    def _check_together(self) -> None:
-        torn = self.whole.torn(self.recipe.steps)
-        if torn:
-            raise CheckpointError(
-                f"{self.recipe.plan.source}: layout and dequantize need a weight and its scale together; load the "
-                f"directory instead of one shard, {listing('pair', torn)} in different shards"
-            )
+    def _place(self, tensors: Mapping[str, torch.Tensor], decisions: Mapping[str, Decision]) -> FusedTensors:
+        """Read what goes into fused tensors."""
+        fused = FusedTensors(self.recipe)
+        if self.recipe.placed:
+            check_layout(self.recipe, tensors)
+            with self.source.opened(self.recipe.plan.tensors[step.name] for step in self.recipe.placed) as fill:
+                fused.weights(from_source(fill), tensors, decisions, self.threads, self.options.progress)
+        return fused
 
     def _check_unscaled_first(self) -> None:
         """Weights without a scale pass if they fit, which only their bytes tell: read them before all the rest."""

@@ -10,13 +10,18 @@ import torch
 from ..plan import Recipe, Step
 
 
-def finished(recipe: Recipe, tensors: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The tensors as they come out, under their names; ``made`` takes the place of what was there."""
+def finished(
+    recipe: Recipe, tensors: Mapping[str, Any], made: Mapping[str, torch.Tensor], fused: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The tensors as they come out, under their names; ``made`` takes the place of what was there, a fused tensor that
+    of the first tensor that went into it."""
     out: dict[str, Any] = {}
     for name, tensor in tensors.items():
         step = recipe.steps.get(name)
         if step is None:  # no tensor
             out[name] = tensor
+        elif step.place is not None:
+            out[step.out] = fused[step.out]
         elif step.action != "drop":
             out[step.out] = as_codes(step, made.get(name, tensor))
     return out

@@ -10,7 +10,6 @@ import torch
 
 from ..codes.dequantize import dequantize, scale_values, values
 from ..codes.requantize import Fidelity, Tile, requantize, tiles
-from ..codes.scales import is_e8m0
 from ..errors import ScaleError, listing
 from ..host.grain import count, mapped
 from ..host.memory import allocate, shaped
@@ -106,7 +105,7 @@ def prepare_layout(
     for step in recipe.doing("scale", role="scale"):
         if step.name in tensors and _reshaped(step, tensors[step.name]):
             scale = scales.get(step.name, tensors[step.name]).detach()
-            value = mapped(torch.Tensor.float, scale_values(scale), torch.float32) if is_e8m0(scale) else scale
+            value = as_float32(scale, recipe.plan.where(step.name)) if step.dtype == "float32" else scale
             done.made[step.name] = _expanded(value, step.shape)
     return done
 
@@ -119,6 +118,21 @@ def _without_scale(recipe: Recipe, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Weights that have no scale, as bfloat16, which holds every e4m3fn value exactly."""
     names = [s.name for s in recipe.weights if s.action == "dequantize" and s.pair is None]
     return once_each(tensors, names, values)
+
+
+def as_float32(scale: torch.Tensor, where: str) -> torch.Tensor:
+    """A scale of any dtype as float32. Raises ScaleError where a float64 one has no such value."""
+    exact = scale_values(scale)
+
+    def lost(part: torch.Tensor) -> torch.Tensor:
+        rounded = part.float()
+        return (rounded.isfinite() != part.isfinite()) | ((rounded == 0) & (part != 0))
+
+    if count(lost, exact):
+        raise ScaleError(
+            f"{where}: holds values that float32 does not have; a scale this large or small is not plausible"
+        )
+    return mapped(torch.Tensor.float, exact, torch.float32)
 
 
 def _reshaped(step: Step, tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob
 from ..codes.requantize import Fidelity
+from ..errors import OptionError
 from ..host.memory import needing
 from ..options import Options
 from ..plan import Recipe, Step, Verdict
@@ -29,9 +30,13 @@ class Parts:
             weight in one part, its scale in another. A pair that is requantized or dequantized is read together for
             either of them; its row scales are kept, so that its weight is requantized once.
         options: ``threads``; the rest is in the recipe.
+
+    Raises:
+        OptionError: ``experts="fused"``, which needs all experts of a block at once.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, verdict: Verdict, options: Options) -> None:
+        refuse_fused(options, "loading a checkpoint in parts")
         self._checkpoint, self._recipe, self._verdict = checkpoint, recipe, verdict
         self._threads = options.thread_count()
         self._row_scales: dict[str, torch.Tensor] = {}
@@ -84,6 +89,15 @@ class Parts:
         assert step.table is not None  # every weight has one
         translated = step.action == "translate" and self._verdict.applies(step)
         return WeightJob(step.table, Decision(True) if translated else None)
+
+
+def refuse_fused(options: Options, what: str) -> None:
+    """Raise OptionError for ``experts="fused"`` where experts do not come together."""
+    if options.experts != "keep":
+        raise OptionError(
+            f'experts="{options.experts}": {what} does not stack experts; load_state_dict and rescale_state_dict do. '
+            "For a copy on disk: safetensors.torch.save_file(load_state_dict(...), file)"
+        )
 
 
 def batches(infos: Iterable[TensorInfo], limit: int = BATCH) -> Iterator[list[TensorInfo]]:

@@ -20,6 +20,7 @@ from ..options import Options
 from ..plan import ALL, Plan, Recipe, Step, recipe_for
 from .arguments import check_backend, checked_device
 from .checks import check_weights
+from .parts import refuse_fused
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +42,9 @@ class safe_open:
         **options: see ``Options``; ``always`` and ``threads`` mean nothing here.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout`` or
-            ``dequantize``. Reading raises WeightError and ScaleError as ``load_file`` does, for the slice at hand.
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: another framework, ``layout``,
+            ``experts`` or ``dequantize``. Reading raises WeightError and ScaleError as ``load_file`` does, for the
+            slice at hand.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class safe_open:
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
+        refuse_fused(self._options, "safe_open")
         checkpoint = open_checkpoint(file)
         self._recipe = recipe_for(checkpoint, self._options)
         self.plan: Plan = self._recipe.plan

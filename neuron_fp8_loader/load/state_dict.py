@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import TensorInfo, describe
+from ..checkpoint import Decision, TensorInfo, describe
 from ..codes.formats import E4M3FN, OTHER_FORMATS, Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import rescaled
@@ -23,8 +23,10 @@ from ..options import Options
 from ..plan import Recipe, Verdict, make_plan, make_recipe
 from .checks import Tensors, check_weights, count_codes, laid_out_overflow, new_scales
 from .finish import finished
+from .fused import FusedTensors
 from .layout import check_layout, prepare_layout
 from .report import Report, make_report
+from .stripes import from_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,10 +42,10 @@ def rescale_state_dict(
     Args:
         state_dict: name -> tensor, with the names of any known convention. Other values pass as they are.
         inplace: write into the tensors given, and into ``state_dict`` where a tensor is replaced (dequantized or
-            float8_e4m3fnuz weights). Nothing is written before every weight and scale has been checked and memory for
-            new tensors is there; from then on an interrupt (Ctrl-C, any signal with a handler in Python) waits until
-            all is written, so that ``state_dict`` is converted whole or not at all. A process that is killed, or in
-            which one write fails, leaves it in between.
+            float8_e4m3fnuz weights; fused experts, which take memory of their own). Nothing is written before every
+            weight and scale has been checked and memory for new tensors is there; from then on an interrupt (Ctrl-C,
+            any signal with a handler in Python) waits until all is written, so that ``state_dict`` is converted whole
+            or not at all. A process that is killed, or in which one write fails, leaves it in between.
         **options: see ``Options``.
 
     Returns:
@@ -110,29 +112,35 @@ def _rescale(
     verdict = _verdict(recipe, tensors, counts)
     scales = new_scales(recipe, tensors, verdict)
     check_layout(recipe, tensors)
-    convert = {s.name for s in recipe.scaled_weights if s.action == "translate" and verdict.applies(s)}
-    raw = {s.name for s in recipe.scaled_weights if s.action != "translate"}
-    _check_neighbours(recipe, tensors, convert, scales, raw)
+    rest = recipe.as_they_are()
+    convert = {s.name for s in rest.scaled_weights if s.action == "translate" and verdict.applies(s)}
+    raw = {s.name for s in rest.scaled_weights if s.action != "translate"}
+    changing = {name: scale for name, scale in scales.items() if name in rest.steps}
+    _check_neighbours(recipe, tensors, convert, changing, raw)
 
     # nothing of the caller's has been written so far, and all that takes memory comes before what writes
-    prepared = prepare_layout(recipe, tensors, scales, threads, inplace=inplace)
+    fused = FusedTensors(recipe)
+    decisions = {s.group: Decision(verdict.applies(s)) for s in recipe.placed if s.group}
+    fused.weights(from_memory(tensors), tensors, decisions, threads)
+    fused.scales(tensors, scales)
+    prepared = prepare_layout(rest, tensors, scales, threads, inplace=inplace)
     others = _from_another_format(recipe, tensors, threads)
     with uninterrupted() if inplace else nullcontext():
-        changed = _change(recipe, tensors, convert, scales, threads, inplace)
+        changed = _change(recipe, tensors, convert, changing, threads, inplace)
         made = changed | prepared.carry_out(threads) | others
-        result = finished(recipe, state_dict, made)
+        result = finished(recipe, state_dict, made, fused.tensors)
         if inplace:
             assert isinstance(state_dict, MutableMapping)  # checked above
             for name in state_dict.keys() - result.keys():
                 del state_dict[name]
             state_dict.update({name: value for name, value in result.items() if value is not state_dict.get(name)})
-    report = make_report(recipe, options, tensors, counts, verdict, scales, prepared.fidelity)
+    report = make_report(recipe, options, tensors, counts, verdict, scales, prepared.fidelity | fused.fidelity)
     report.seconds = time.perf_counter() - begin
     return (state_dict if inplace else result), report  # type: ignore[return-value]
 
 
 def _check_readable(recipe: Recipe, state_dict: Mapping[str, Any]) -> None:
-    needed = {step.name for step in recipe.steps.values() if step.role != "other"}
+    needed = {step.name for step in recipe.steps.values() if step.role != "other" or step.place is not None}
     problems = []
     for name, t in state_dict.items():
         if not isinstance(t, torch.Tensor):

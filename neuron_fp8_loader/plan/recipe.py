@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,7 @@ from ..codes.formats import HALF, OTHER_FORMATS, Table
 from ..conventions import module_of
 from ..errors import PlanError
 from ..options import What
+from .experts import Fused, Fusing, Place, fuse
 from .layout import can_be_dequantized, scale_shape, unknown
 from .plan import ActivationScale, Pair, Plan
 
@@ -43,6 +44,8 @@ class Step:
         group: the scale whose weights are decided together; ``""`` for a step that hangs on no weight of its own.
         pair: the weight and the scale that belong together.
         activation: for a static activation or KV cache scale, what is known of it.
+        place: where in a fused tensor it goes, once the action is done; ``out``, ``dtype`` and ``shape`` are then the
+            fused tensor's.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Step:
     group: str = ""
     pair: Pair | None = None
     activation: ActivationScale | None = None
+    place: Place | None = None
 
     @property
     def reciprocal(self) -> bool:
@@ -98,11 +102,13 @@ class Recipe:
         plan: what is known of the tensors.
         what: the options it was made with.
         steps: name -> step, in the checkpoint's order.
+        fused: the fused tensors that come out in place of experts, by name.
     """
 
     plan: Plan
     what: What
     steps: Mapping[str, Step]
+    fused: Mapping[str, Fused] = field(default_factory=dict)
 
     @property
     def table(self) -> Table:
@@ -136,15 +142,35 @@ class Recipe:
 
     def within(self, names: Iterable[str]) -> Recipe:
         """The part of the recipe that is about these tensors, in their order."""
-        return Recipe(self.plan, self.what, {name: self.steps[name] for name in names})
+        return Recipe(self.plan, self.what, {name: self.steps[name] for name in names}, self.fused)
+
+    @cached_property
+    def placed(self) -> tuple[Step, ...]:
+        """The steps of all tensors that go into fused ones."""
+        return tuple(step for step in self.steps.values() if step.place is not None)
+
+    def as_they_are(self) -> Recipe:
+        """The recipe without what goes into fused tensors."""
+        return self.within(name for name, step in self.steps.items() if step.place is None) if self.placed else self
 
     def doing(self, *actions: Action, role: Role | None = None) -> Iterator[Step]:
         """The steps with one of these actions."""
         return (s for s in self.steps.values() if s.action in actions and role in (None, s.role))
 
-    def torn(self, names: Collection[str]) -> list[str]:
-        """Pairs that their layout needs together, and of which only one tensor is among ``names``."""
+    def torn_places(self, names: Container[str]) -> list[str]:
+        """Fused tensors of which only some parts are among ``names``."""
+        parts: dict[str, bool] = {}
         apart: dict[str, None] = {}
+        for step in self.placed:
+            here = step.name in names
+            if parts.setdefault(step.out, here) != here:
+                apart[step.out] = None
+        return list(apart)
+
+    def torn(self, names: Collection[str]) -> list[str]:
+        """Pairs that their layout needs together, and of which only one tensor is among ``names``; and fused tensors
+        of which only some parts are."""
+        apart = dict.fromkeys(self.torn_places(names))
         for name in names:
             step = self.steps[name]
             own = (step.pair,) if step.role == "weight" and step.pair is not None else ()
@@ -178,24 +204,31 @@ class _Maker:
     def __init__(self, plan: Plan, what: What, names: Mapping[str, str]) -> None:
         self.plan, self.what, self.names = plan, what, names
         self.steps: dict[str, Step] = {}
-        self.problems: list[str] = []
+        self.fusing = fuse(plan, what.layout) if what.experts == "fused" else Fusing()
+        self.problems = list(self.fusing.problems)
         self.patterns = tuple(what.dequantize)
         self.unused = set(self.patterns)
 
     def recipe(self) -> Recipe:
         for pairs in self.plan.by_scale.values():
-            self._group(pairs)
+            if self.fusing.becomes(pairs[0].weight):
+                self._expert(pairs[0])
+            else:
+                self._group(pairs)
         self._without_scale()
         self.problems += [f"dequantize={pattern!r} {self._no_match(pattern)}" for pattern in sorted(self.unused)]
         for activation in self.plan.activation_scales:
             rescale = self.what.activation_scales == "rescale"
             self._step(activation.name, "activation scale", "scale" if rescale else "keep", activation=activation)
         tensors = self.plan.tensors
-        steps = {name: self.steps.get(name) or self._other(name) for name in tensors}
+        for name in tensors:
+            if name not in self.steps:
+                self._step(name, "other", "keep")
+        steps = {name: self.steps[name] for name in tensors}
         self._check_names(steps)
         if self.problems:
             raise PlanError(self.plan.source, self.problems)
-        return Recipe(self.plan, self.what, steps)
+        return Recipe(self.plan, self.what, steps, self.fusing.tensors)
 
     def _group(self, pairs: tuple[Pair, ...]) -> None:
         """The weights that share a scale, and the scale."""
@@ -223,6 +256,22 @@ class _Maker:
         else:
             dtype = "float32" if shape is not None and header.dtype in _SHAPED_FROM else header.dtype
             self._step(scale, "scale", "scale", dtype=dtype, shape=shape, group=scale, pair=pairs[0])
+
+    def _expert(self, pair: Pair) -> None:
+        """A weight that goes to a fused layer, and its scale. What they come out as, ``_step`` knows."""
+        for pattern in self.patterns:
+            if fnmatchcase(pair.module, pattern):
+                self.unused.discard(pattern)
+                self.problems.append(
+                    f'{pair.weight}: dequantize={pattern!r} names an expert, and experts="fused" keeps them FP8; '
+                    'leave it out of the pattern, or experts="keep"'
+                )
+        if pair.granularity.kind == "block" and self.what.layout == "per_channel":
+            self._step(pair.weight, "weight", "requantize", table=HALF, pair=pair)
+            self._step(pair.scale, "scale", "requantize", pair=pair)
+        else:
+            self._step(pair.weight, "weight", "translate", table=self.what.table, group=pair.scale, pair=pair)
+            self._step(pair.scale, "scale", "scale", group=pair.scale, pair=pair)
 
     def _weight_action(self, pair: Pair) -> tuple[Action, tuple[int, ...] | None]:
         """What is done with a weight, and the shape that its scale takes (None: its own)."""
@@ -275,30 +324,28 @@ class _Maker:
         pair: Pair | None = None,
         activation: ActivationScale | None = None,
     ) -> None:
-        header = self.plan.tensors[name]
+        header, fused = self.plan.tensors[name], self.fusing.becomes(name)
         self.steps[name] = Step(
             name,
             role,
             action,
-            self.names.get(name, name),
-            dtype or header.dtype,
-            header.shape if shape is None else shape,
+            fused.name if fused else self.names.get(name, name),
+            fused.dtype if fused else dtype or header.dtype,
+            fused.shape if fused else header.shape if shape is None else shape,
             table,
             group,
             pair,
             activation,
+            self.fusing.places.get(name),
         )
-
-    def _other(self, name: str) -> Step:
-        header = self.plan.tensors[name]
-        return Step(name, "other", "keep", self.names.get(name, name), header.dtype, header.shape)
 
     def _check_names(self, steps: Mapping[str, Step]) -> None:
         taken: dict[str, str] = {}
         for step in steps.values():
-            first = step.name if step.action == "drop" else taken.setdefault(step.out, step.name)
-            if first != step.name:
-                self.problems.append(f"{step.out}: {first} and {step.name} would both get this name")
+            owner = "the experts" if step.place else step.name
+            first = owner if step.action == "drop" else taken.setdefault(step.out, owner)
+            if first != owner:
+                self.problems.append(f"{step.out}: {first} and {owner} would both get this name")
 
 
 def converted(recipe: Recipe, verdict: Verdict) -> list[str]:

@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..errors import Fp8LoaderError, WeightError
 from ..host.parallel import progress
 from ..host.units import size
-from ..load.parts import Parts
+from ..load.parts import Parts, refuse_fused
 from ..options import Options
 from ..plan import Recipe, Verdict, converted, recipe_for
 from .scan import scan
@@ -168,6 +168,7 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
         ExportError: ``path`` is one shard of several, or ``out`` is not fit.
     """
     chosen = Options.of(options)
+    refuse_fused(chosen, "an export")
     checkpoint = open_checkpoint(path)
     if checkpoint.selected != frozenset(checkpoint.files):
         raise ExportError(f"{path}: is one of {len(checkpoint.files)} shards; give their directory or the index")

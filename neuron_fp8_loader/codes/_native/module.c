@@ -9,6 +9,7 @@
 
 #include "codes.h"
 #include "dequantize.h"
+#include "place.h"
 #include "requantize.h"
 
 /* Below this a call is shorter than giving up the GIL and taking it back. */
@@ -235,6 +236,34 @@ static PyObject *dequantize(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *place(PyObject *self, PyObject *args) {
+    const char *name;
+    span src, dst;
+    Py_ssize_t rows, columns, stride;
+    size_t n;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sKnnnKnn:place", &name, &src.at, &src.size, &rows, &columns, &dst.at, &dst.size,
+                          &stride))
+        return NULL;
+    if (!check_length("place: rows", rows) || !check_length("place: columns", columns) ||
+        !check_length("place: stride", stride) ||
+        !check_product("place: src", (size_t)rows, (size_t)columns, &n) || !check_span("place: src", src, n, 1) ||
+        !check_rows("place: dst", dst, (size_t)columns, (size_t)rows, (size_t)stride, 1))
+        return NULL;
+    const size_t reach = n ? (size_t)(columns - 1) * (size_t)stride + (size_t)rows : 0;
+    if (n && src.at < dst.at + reach && dst.at < src.at + n) {
+        PyErr_SetString(PyExc_ValueError, "place: src and dst overlap");
+        return NULL;
+    }
+    const int path = path_called(name);
+    if (path < 0) return NULL;
+    const int vector = strcmp(name, "portable") != 0;
+    Py_BEGIN_ALLOW_THREADS
+    fp8_place(bytes_at(src), (size_t)rows, (size_t)columns, writable(dst), (size_t)stride, vector);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef METHODS[] = {
     {"paths", paths, METH_NOARGS, "paths() -> list[str]: the paths that run here, fastest first."},
     {"translate", translate, METH_VARARGS,
@@ -247,6 +276,8 @@ static PyMethodDef METHODS[] = {
      " row_scales, size) -> (signal, noise)."},
     {"dequantize", dequantize, METH_VARARGS,
      "dequantize(path, src, size, stride, dst, size, stride, rows, columns, height, width, top, left, scales, size)."},
+    {"place", place, METH_VARARGS,
+     "place(path, src, size, rows, columns, dst, size, stride): dst[c * stride + r] = src[r * columns + c], bytes."},
     {NULL, NULL, 0, NULL},
 };
 
