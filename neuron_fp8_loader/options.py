@@ -37,6 +37,7 @@ class OptionKeywords(TypedDict, total=False):
     unscaled: Unscaled
     activation_scales: ActivationScales
     layout: LayoutName
+    keep: str | Sequence[str]
     dequantize: str | Sequence[str]
     threads: int | None
     progress: bool | None
@@ -52,6 +53,7 @@ class What:
     unscaled: str = "error"
     activation_scales: str = "rescale"
     layout: str = "keep"
+    keep: str | Sequence[str] = ()
     dequantize: str | Sequence[str] = ()
 
     @property
@@ -95,6 +97,7 @@ class Options(How, What):
             of them by the method's factor if any weight of the checkpoint did not fit, ``"keep"`` leaves them.
         layout: scale shapes that the consumer takes: ``"keep"`` as on disk, ``"per_channel"`` [rows, 1] (block scales
             are requantized, which rounds once more; see ``codes.requantize``), ``"per_tensor"`` [1].
+        keep: shell patterns of module names (``"*.experts.*"``): their scales stay as on disk, whatever the layout.
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
@@ -105,10 +108,12 @@ class Options(How, What):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, choices))}")
-        patterns = (self.dequantize,) if isinstance(self.dequantize, str) else self.dequantize
-        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-            raise OptionError(f"dequantize={self.dequantize!r}: expected module names or patterns, as a list")
-        object.__setattr__(self, "dequantize", tuple(patterns))
+        for name in ("keep", "dequantize"):
+            given = getattr(self, name)
+            patterns = (given,) if isinstance(given, str) else given
+            if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+                raise OptionError(f"{name}={given!r}: expected module names or patterns, as a list")
+            object.__setattr__(self, name, tuple(patterns))
         if not isinstance(self.always, bool):
             raise OptionError(f"always={self.always!r}: expected True or False")
         threads = self.threads

@@ -169,14 +169,14 @@ class _Maker:
         self.plan, self.what, self.names = plan, what, names
         self.steps: dict[str, Step] = {}
         self.problems: list[str] = []
-        self.patterns = tuple(what.dequantize)
-        self.unused = set(self.patterns)
+        self.unused = {("keep", pattern) for pattern in what.keep}
+        self.unused |= {("dequantize", pattern) for pattern in what.dequantize}
 
     def recipe(self) -> Recipe:
         for pairs in self.plan.by_scale.values():
             self._group(pairs)
         self._without_scale()
-        self.problems += [f"dequantize={pattern!r} {self._no_match(pattern)}" for pattern in sorted(self.unused)]
+        self.problems += [f"{option}={pattern!r} {self._no_match(pattern)}" for option, pattern in sorted(self.unused)]
         for activation in self.plan.activation_scales:
             rescale = self.what.activation_scales == "rescale"
             self._step(activation.name, "activation scale", "scale" if rescale else "keep", activation=activation)
@@ -216,13 +216,12 @@ class _Maker:
 
     def _weight_action(self, pair: Pair) -> tuple[Action, tuple[int, ...] | None]:
         """What is done with a weight, and the shape that its scale takes (None: its own)."""
-        tensors, matching = self.plan.tensors, [p for p in self.patterns if fnmatchcase(pair.module, p)]
-        if matching:
-            self.unused.difference_update(matching)
+        tensors, kept = self.plan.tensors, self._chosen(pair, "keep")
+        if self._chosen(pair, "dequantize"):
             if not can_be_dequantized(pair, tensors):
                 self.problems.append(f"{pair.weight}: cannot be dequantized; {unknown(pair, tensors)}")
             return "dequantize", None
-        if self.what.layout == "keep":
+        if self.what.layout == "keep" or kept:
             return "translate", None
         try:
             shape = scale_shape(pair, tensors, self.what.layout)
@@ -230,6 +229,12 @@ class _Maker:
             self.problems.append(f"{pair.weight}: {error}")
             return "translate", None
         return ("requantize", None) if shape is None else ("translate", shape)
+
+    def _chosen(self, pair: Pair, option: Literal["keep", "dequantize"]) -> bool:
+        """Does one of the option's patterns match the pair's module?"""
+        matching = {(option, p) for p in getattr(self.what, option) if fnmatchcase(pair.module, p)}
+        self.unused -= matching
+        return bool(matching)
 
     def _without_scale(self) -> None:
         """Weights without a scale: those of another format, whose scale stays as it is, and those that have none."""
