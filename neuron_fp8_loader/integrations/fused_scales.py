@@ -23,6 +23,7 @@ from ..host.parallel import run
 from .experts import Part, Placed, find
 from .flag import BLOCKWISE, quantization_type
 from .modules import Modules
+from .names import short_name
 from .quantizing import EXPERT_WISE
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -79,9 +80,9 @@ def attach_scales(
         ScaleError: a scale is not finite, or not above 0 where it must be.
     """
     found = find(parts, converted, source)
-    for stack in found:
-        for _, _, part in stack.places:
-            converted.pop(part.scale_name, None)
+    old = {short_name(part.scale_name) for stack in found for _, _, part in stack.places}
+    for name in [name for name in converted if short_name(name) in old]:  # some conversions rename scales too
+        del converted[name]
     cost = Fidelity()
     for stack in found:
         try:

@@ -37,23 +37,35 @@ Ranks = list[dict[str, torch.Tensor]]
 
 
 @functools.cache
-def checkpoint(family: str, form: str) -> tuple[Path, Path]:
-    return moe_checkpoints.write(Path(tempfile.mkdtemp()), family, form)
+def checkpoint(family: str, form: str, stack: bool = False) -> tuple[Path, Path]:
+    return moe_checkpoints.write(Path(tempfile.mkdtemp()), family, form, stack=stack)
+
+
+@functools.cache
+def llama4() -> type:
+    """The text model as an application of its own; its config has that of the whole model around it."""
+    from neuronx_distributed_inference.models.llama4 import modeling_llama4_text as module
+
+    def config(neuron_config: Any, load_config: Any, **more: Any) -> Any:
+        return module.LlamaInferenceConfig(neuron_config, load_config=load_config, **more).text_config
+
+    config.get_neuron_config_cls = module.LlamaInferenceConfig.get_neuron_config_cls  # type: ignore[attr-defined]
+    body = {"get_config_cls": classmethod(lambda cls: config), "__module__": module.__name__}
+    return type("Llama4Text", (module.NeuronLlama4TextForCausalLM,), body)
 
 
 def shards(family: str, path: Path, tp: int, **given: Any) -> Ranks:
     import families
 
-    ranks: Ranks = families.shards(family, path, tp, fp8_rescale=True, **given)
+    cls = llama4() if family == "llama4" else None
+    given = {"fp8_rescale": True, **given}
+    ranks: Ranks = families.shards(family, path, tp, cls=cls, **given)
     return ranks
 
 
 @functools.cache
 def twin(family: str, path: Path, tp: int) -> Ranks:
-    import families
-
-    ranks: Ranks = families.shards(family, path, tp, quantized=False, torch_dtype="float32")
-    return ranks
+    return shards(family, path, tp, quantized=False, torch_dtype="float32", fp8_rescale=False)
 
 
 def values(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
@@ -100,9 +112,16 @@ HALVED, REQUANTIZED = 50.0, 25.0
 
 
 @pytest.mark.parametrize(
-    ("form", "tp"), [("channel", 1), ("channel", 2), ("channel", 4), ("block", 2), ("tensor", 4), ("mx", 1)]
+    ("family", "form", "tp"),
+    [
+        ("qwen3_moe", "channel", 1),
+        ("qwen3_moe", "channel", 4),
+        ("qwen3_moe", "block", 2),
+        ("mixtral", "channel", 2),
+        ("mixtral", "tensor", 4),
+        ("mixtral", "mx", 1),
+    ],
 )
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_expert_wise(family: str, form: str, tp: int) -> None:
     fp8, plain = checkpoint(family, form)
     ranks = shards(family, fp8, tp, **TYPES["expert_wise"])
@@ -114,16 +133,51 @@ def test_expert_wise(family: str, form: str, tp: int) -> None:
             assert rank[name.replace("weight", "scale")].shape == (experts, 1, out)
 
 
-@pytest.mark.parametrize(  # at 4, a rank has half a block
-    ("form", "tp"), [("block", 1), ("block", 2), ("block", 4), ("tensor", 2), ("mx", 4)]
+@pytest.mark.parametrize(
+    ("family", "form", "tp"),
+    [
+        ("qwen3_moe", "block", 1),
+        ("qwen3_moe", "block", 4),  # a rank has half a block
+        ("mixtral", "block", 2),
+        ("mixtral", "tensor", 2),
+        ("mixtral", "mx", 4),
+    ],
 )
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_blockwise(family: str, form: str, tp: int) -> None:
     fp8, plain = checkpoint(family, form)
     given = MX_BLOCKS if form == "mx" else TYPES["blockwise"]
     ranks = shards(family, fp8, tp, **given)
     attention = HALVED if form == "tensor" else REQUANTIZED
     check(ranks, twin(family, plain, tp), experts=HALVED, others=attention)
+
+
+@pytest.mark.parametrize(
+    ("form", "stack", "kind", "tp"),
+    [
+        ("channel", True, "expert_wise", 2),  # FBGEMM
+        ("channel", False, "expert_wise", 4),
+        ("block", False, "blockwise", 2),
+    ],
+)
+def test_llama4(form: str, stack: bool, kind: str, tp: int) -> None:
+    """Its shared experts, which NxD does not quantize, come as bfloat16."""
+    fp8, plain = checkpoint("llama4", form, stack)
+    ranks, twins = shards("llama4", fp8, tp, **TYPES[kind]), twin("llama4", plain, tp)
+    check(ranks, twins, experts=HALVED, others=HALVED if form == "channel" else REQUANTIZED)
+    name = "layers.0.feed_forward.moe.shared_experts.up_proj.weight"
+    for rank, other in zip(ranks, twins, strict=True):
+        assert torch.equal(rank[name], other[name].bfloat16())
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_llama4_experts_as_bfloat16(stack: bool) -> None:
+    """The list names ``.moe.`` paths, which no name in the checkpoint has."""
+    fp8, plain = checkpoint("llama4", "channel", stack)
+    ranks = shards("llama4", fp8, 2, fp8_rescale={"dequantize": ["*.experts.*"]}, **TYPES["expert_wise"])
+    for rank, other in zip(ranks, twin("llama4", plain, 2), strict=True):
+        for name in (n for n in other if ".mlp_op." in n):
+            assert torch.equal(rank[name], other[name].bfloat16())
+            assert name.replace("weight", "scale") not in rank
 
 
 def test_one_scale_for_all_experts_where_asked_for() -> None:
