@@ -14,13 +14,14 @@ from ..tools.settings import Settings, settings_for
 from ..tools.shards import beside
 from .console import FINDING, Command, checkpoint_argument, json_option, print_json
 
-# inference_demo has no option for the flag; this hands it to its NeuronConfig
+# inference_demo has no options for these; this hands them to its NeuronConfig
+_NO_OPTION = ("fp8_rescale", "quantization_block_axis", "quantization_block_size")
 _LAUNCH = """\
 import argparse, neuron_fp8_loader
 from neuronx_distributed_inference import inference_demo as demo
 neuron_fp8_loader.enable()
 create = demo.create_neuron_config
-demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), fp8_rescale={flag!r}))
+demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), {more}))
 demo.main()"""
 
 _MODULES_FILE = "modules_to_not_convert.json"
@@ -31,12 +32,23 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @click.option("--method", type=click.Choice(list(METHODS)), default="half", show_default=True, help="How to rescale.")
 @click.option(
+    "--experts",
+    type=click.Choice(["expert_wise", "blockwise"]),
+    help="Scales of FP8 experts: one an output row of each (the default, faster), or the checkpoint's blocks.",
+)
+@click.option(
     "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
 )
 @json_option
 @click.pass_context
 def config(
-    ctx: click.Context, ckpt: str, tp_degree: int | None, method: str, modules_file: str | None, as_json: bool
+    ctx: click.Context,
+    ckpt: str,
+    tp_degree: int | None,
+    method: str,
+    experts: str | None,
+    modules_file: str | None,
+    as_json: bool,
 ) -> None:
     """What to tell NxD Inference, vLLM and inference_demo about CKPT, made from its headers.
 
@@ -46,7 +58,7 @@ def config(
     Example:
       neuron-fp8 config ./Llama-3.1-8B-FP8 --tp 8
     """
-    settings = settings_for(ckpt, tp_degree=tp_degree, method=method)
+    settings = settings_for(ckpt, tp_degree=tp_degree, method=method, experts=experts)
     if modules_file and settings.fp8:
         with beside(Path(modules_file)) as temporary:
             names = settings.neuron_config["modules_to_not_convert"]
@@ -107,7 +119,7 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     lines += ["", "# inference_demo, which has no option of its own for the flag"]
     if "--modules-to-not-convert-file" in demo and not modules_file:
         lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
-    launch = _LAUNCH.format(flag=values["fp8_rescale"])
+    launch = _LAUNCH.format(more=", ".join(f"{name}={values[name]!r}" for name in _NO_OPTION if name in values))
     lines += [f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
     lines += ["", f"# scales: {settings.layout}"]
     lines += [f"# note: {note}" for note in settings.notes]

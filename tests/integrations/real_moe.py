@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError
+from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations import moe_checkpoints
 from tests.integrations.real_cases import FP8
 from tests.support import e4m3fn, ieee_e4m3, shared, sqnr
@@ -246,15 +247,19 @@ def copied(tmp_path: Path, name: str) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("name", "kind", "tp", "experts"),
     [
-        ("ct_fp8_dynamic_moe", "expert_wise", 2, HALVED),
-        ("hf_fp8_block_moe_fused", "expert_wise", 2, REQUANTIZED),
+        ("ct_fp8_dynamic_moe", None, 2, HALVED),
+        ("hf_fp8_block_moe_fused", None, 2, REQUANTIZED),
         ("hf_fp8_block_moe_fused", "blockwise", 4, HALVED),  # a quarter of a block a rank
     ],
 )
-def test_real_checkpoints(tmp_path: Path, name: str, kind: str, tp: int, experts: float) -> None:
+def test_real_checkpoints_with_what_config_prints(
+    tmp_path: Path, name: str, kind: str | None, tp: int, experts: float
+) -> None:
     fp8, plain = copied(tmp_path, name)
+    given = settings_for(fp8, tp_degree=tp, experts=kind).neuron_config
+    del given["tp_degree"]
     others = HALVED if name.startswith("ct_") else REQUANTIZED
-    check(shards("qwen3_moe", fp8, tp, **TYPES[kind]), twin("qwen3_moe", plain, tp), experts=experts, others=others)
+    check(shards("qwen3_moe", fp8, tp, **given), twin("qwen3_moe", plain, tp), experts=experts, others=others)
 
 
 def test_what_is_sharded_fits_the_model_that_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
