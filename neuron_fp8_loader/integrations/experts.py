@@ -65,10 +65,6 @@ class Part:
     values: torch.Tensor
     block: tuple[int, int]
 
-    @property
-    def zero(self) -> bool:
-        return not bool((self.bytes & 0x7F).any())
-
     def scale(self, block: tuple[int, int]) -> torch.Tensor:
         """The values for blocks of another size, float32 [row blocks, column blocks].
 
@@ -106,8 +102,13 @@ def parts_of(state_dict: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[P
     return sorted(found, key=lambda part: part.role)
 
 
+def _layer(name: str) -> str:
+    layer = _LAYER.search(name)
+    return layer[1] if layer else ""
+
+
 def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair) -> Iterator[Part]:
-    layer, number = _LAYER.search(name), _NUMBER.search(name)
+    number = _NUMBER.search(name)
     last = module_of(name).rpartition(".")[2]
     role = next((k for k, names in enumerate(_ROLES.values()) if last in names), 2)
     stacked = weight.dim() == 3
@@ -126,7 +127,7 @@ def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair) -> 
             yield Part(
                 name,
                 f"{module_of(name)}.scale",
-                layer[1] if layer else "",
+                _layer(name),
                 expert,
                 role if top == 0 or role != 0 else 1,
                 (cut, raw.shape[2]),
@@ -182,25 +183,31 @@ def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[P
         which no part was found are left out.
 
     Raises:
-        WeightError: some of a stack was found, and not all of it.
+        WeightError: some of a stack was found, and not all of it; or a part is nowhere, and neither is its weight.
     """
     stacks: dict[str, list[Placed]] = {}
     for name, value in converted.items():
+        stacks.setdefault(_layer(name), [])
         if isinstance(value, torch.Tensor) and value.dtype == E4M3FN and value.dim() == 3 and name.endswith(".weight"):
-            layer = _LAYER.search(name)
-            stacks.setdefault(layer[1] if layer else "", []).append(Placed(name, value, []))
+            stacks[_layer(name)].append(Placed(name, value, []))
+    there = {short_name(name) for name in converted}
+    lost: dict[str, None] = {}
     for part in parts:
         for stack in sorted(stacks.get(part.layer, ()), key=lambda s: ("down" in s.name) != (part.role == 2)):
             place = _place(part, stack)
             if place is not None:
                 stack.places.append((*place, part))
                 break
+        else:
+            # a layer that the model does not have is no loss
+            if part.layer in stacks and short_name(part.name) not in there:
+                lost.setdefault(f"{part.name} {list(part.shape)}: its bytes are in no stacked FP8 weight")
     found = [stack for several in stacks.values() for stack in several if stack.places]
-    problems = [problem for stack in found for problem in _uncovered(stack)]
+    problems = [problem for stack in found for problem in _uncovered(stack)] or list(lost)
     if problems:
         raise WeightError(
             f"{source}: the model's conversion did something to its experts that is not understood, "
-            f"{listing('stack', problems)}\n"
+            f"{listing('problem', problems, 8)}\n"
             "Expected were weights [experts, in, out] of which each column is a row of one expert of the same layer, "
             "unchanged, gate and up side by side, or zeros. Have the experts as bfloat16: "
             'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
@@ -241,7 +248,7 @@ def _uncovered(stack: Placed) -> Iterator[str]:
         free[place, first : first + out] = False
     for place in range(experts):
         left = free[place].nonzero().flatten()
-        bad = left[(raw[place][:, left] & 0x7F).any(dim=0)] if len(left) else left
+        bad = left[((raw[place][:, left] & 0x7F) != 0).any(dim=0)] if len(left) else left
         if len(bad):
             yield (
                 f"{stack.name} {list(raw.shape)}: expert {place}, columns {int(bad[0])} to {int(bad[-1])} are not of "
