@@ -27,28 +27,35 @@ EXPERT_WISE = 'quantization_type="expert_wise_per_channel_symmetric", which take
 def convert(original: Callable[..., Any], module: Any, q_config: Any = None, *args: Any, **kwargs: Any) -> Any:
     """``convert``, by the name that NxD Inference's model_wrapper has for it."""
     neuron_config = getattr(getattr(module, "config", None), "neuron_config", None)
-    if q_config is None or args or options_for(neuron_config) is None or not experts_apart(neuron_config):
+    if q_config is None or args or options_for(neuron_config) is None:
         return original(module, q_config, *args, **kwargs)
     mapping = kwargs.pop("mapping", None)
     if mapping is None:
         known: Any = sys.modules["neuronx_distributed.quantization.quantization_mappings"]
         mapping = known.get_default_quant_module_mappings()
-    chosen = {kind: _ByLayer(quantized) for kind, quantized in mapping.items()}
+    apart = experts_apart(neuron_config)
+    chosen = {kind: _ByLayer(quantized, apart) for kind, quantized in mapping.items()}
     return original(module, q_config, mapping=chosen, **kwargs)
 
 
 class _ByLayer:
-    """In the place of a quantized class."""
+    """In the place of a quantized class; ``apart``: do experts and the others differ?"""
 
-    def __init__(self, quantized: Any) -> None:
-        self.quantized = quantized
+    def __init__(self, quantized: Any, apart: bool) -> None:
+        self.quantized, self.apart = quantized, apart
 
     def from_float(self, mod: Any, q_config: Mapping[str, Any]) -> Any:
-        if mod.weight.dim() != 3:
+        fused = mod.weight.dim() == 3
+        if self.apart and not fused:
             q_config = per_channel(q_config)
-        elif _kind(q_config) == BLOCKWISE:
+        elif self.apart and _kind(q_config) == BLOCKWISE:
             q_config = {**q_config, "block_size": block_size(mod, q_config)}
-        return self.quantized.from_float(mod=mod, q_config=q_config)
+        layer = self.quantized.from_float(mod=mod, q_config=q_config)
+        scale = getattr(layer, "scale", None)
+        if fused and scale is not None and scale.shape[0] == 1 and hasattr(scale, "expert_model_parallel"):
+            # NxD marks all parameters to be split among ranks by their experts, one scale for all of them too
+            del scale.expert_model_parallel
+        return layer
 
 
 def _kind(q_config: Mapping[str, Any]) -> str:
