@@ -248,3 +248,28 @@ def test_blocks_that_are_not_there_are_refused(
     tensors, _ = checkpoint(form)
     with pytest.raises(OptionError, match="expert_wise_per_channel_symmetric"):
         load(enabled, write(tmp_path, tensors), conversion(), **given)
+
+
+@pytest.mark.parametrize("given", [EXPERT_WISE, BLOCKWISE, {"quantization_type": "per_tensor_symmetric"}])
+def test_stacks_with_one_scale_for_all(enabled: Standin, tmp_path: Path, given: dict[str, Any]) -> None:
+    """ModelOpt's Llama 4: [experts, in, out] as NxD has it, and one value for each stack."""
+    rng, place = np.random.default_rng(0), "model.layers.0.feed_forward.experts"
+    shapes = {"gate_up_proj": (EXPERTS * HIDDEN, 2 * INTER), "down_proj": (EXPERTS * INTER, HIDDEN)}
+    made = {name: quantized(rng, "tensor", *shape) for name, shape in shapes.items()}
+    tensors = {f"{place}.{name}": w.view(EXPERTS, -1, w.shape[1]) for name, (w, *_) in made.items()}
+    tensors |= {f"{place}.{name}_weight_scale": scale for name, (_, scale, _) in made.items()}
+    target = "layers.0.feed_forward.moe.expert_mlps.mlp_op"
+
+    def convert(state_dict: Tensors, config: Any) -> Tensors:
+        for name in shapes:
+            state_dict[f"{target}.{name}.weight"] = state_dict.pop(f"layers.0.feed_forward.experts.{name}")
+        return state_dict
+
+    loaded = load(enabled, write(tmp_path, tensors), convert, **given)
+    for name, (_, _, exact) in made.items():
+        scale = loaded[f"{target}.{name}.scale"]
+        assert scale.shape == (1,) or scale.dim() == 3
+        got = ieee_e4m3(loaded[f"{target}.{name}.weight"]) * float(scale.flatten()[0])
+        assert bool((scale == scale.flatten()[0]).all())
+        assert sqnr(exact.view(EXPERTS, -1, exact.shape[1]).double().numpy(), got) > 50
+    assert not [name for name in loaded if "experts." in name and "mlp_op" not in name]
