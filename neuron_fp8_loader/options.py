@@ -42,6 +42,7 @@ class OptionKeywords(TypedDict, total=False):
     activation_scales: ActivationScales
     layout: LayoutName
     experts: Experts
+    keep: str | Sequence[str]
     dequantize: str | Sequence[str]
     threads: int | None
     progress: bool | None
@@ -58,6 +59,7 @@ class What:
     activation_scales: str = "rescale"
     layout: str = "keep"
     experts: str = "keep"
+    keep: str | Sequence[str] = ()
     dequantize: str | Sequence[str] = ()
 
     @property
@@ -109,6 +111,7 @@ class Options(How, What):
             [experts, 1, out], or with ``layout="keep"`` and block scales one a block, [experts, in / 128, out / 128].
             ``{block}`` is what stands before ``.experts`` in the checkpoint, prefixes included. Bytes and scales of
             each expert are those of ``"keep"`` with the same layout: a weight that fits passes bit for bit here too.
+        keep: shell patterns of module names (``"*.experts.*"``): their scales stay as on disk, whatever the layout.
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
@@ -119,10 +122,12 @@ class Options(How, What):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, choices))}")
-        patterns = (self.dequantize,) if isinstance(self.dequantize, str) else self.dequantize
-        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-            raise OptionError(f"dequantize={self.dequantize!r}: expected module names or patterns, as a list")
-        object.__setattr__(self, "dequantize", tuple(patterns))
+        for name in ("keep", "dequantize"):
+            given = getattr(self, name)
+            patterns = (given,) if isinstance(given, str) else given
+            if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+                raise OptionError(f"{name}={given!r}: expected module names or patterns, as a list")
+            object.__setattr__(self, name, tuple(patterns))
         if self.experts == "fused" and self.layout == "per_tensor":
             raise OptionError(
                 'experts="fused" with layout="per_tensor": expected layout="per_channel" or "keep"; either gives one '

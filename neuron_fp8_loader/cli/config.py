@@ -15,13 +15,14 @@ from .console import FINDING, Command, checkpoint_argument, choice, echo, json_o
 if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
 
-# inference_demo has no option for the flag; this hands it to its NeuronConfig
+# inference_demo has no options for these; this hands them to its NeuronConfig
+_NO_OPTION = ("fp8_rescale", "quantization_block_axis", "quantization_block_size")
 _LAUNCH = """\
 import argparse, neuron_fp8_loader
 from neuronx_distributed_inference import inference_demo as demo
 neuron_fp8_loader.enable()
 create = demo.create_neuron_config
-demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), fp8_rescale={flag!r}))
+demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), {more}))
 demo.main()"""
 
 _MODULES_FILE = "modules_to_not_convert.json"
@@ -40,6 +41,11 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @choice("method")
 @click.option(
+    "--experts",
+    type=click.Choice(["expert_wise", "blockwise"]),
+    help="Scales of FP8 experts: one an output row of each (the default, faster), or the checkpoint's blocks.",
+)
+@click.option(
     "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
 )
 @json_option
@@ -50,6 +56,7 @@ def config(
     stack: str,
     tp_degree: int | None,
     method: str,
+    experts: str | None,
     modules_file: str | None,
     as_json: bool,
 ) -> None:
@@ -66,8 +73,9 @@ def config(
     from ..tools.shards import beside
 
     if stack == "vllm-neuron":
-        if modules_file:
-            raise click.UsageError("--modules-file is for inference_demo, which --for vllm-neuron does without")
+        if modules_file or experts:
+            option = "--modules-file" if modules_file else "--experts"
+            raise click.UsageError(f"{option} is for NxD Inference, which --for vllm-neuron does without")
         plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
         if as_json:
             print_json("config", {"checkpoint": ckpt, "for": stack, **asdict(plugin)})
@@ -76,7 +84,7 @@ def config(
         if not plugin.fp8:
             ctx.exit(FINDING)
         return
-    settings = settings_for(ckpt, tp_degree=tp_degree, method=method)
+    settings = settings_for(ckpt, tp_degree=tp_degree, method=method, experts=experts)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         with beside(Path(modules_file)) as file:
@@ -137,7 +145,7 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     lines += ["", "# inference_demo, which has no option of its own for the flag"]
     if "--modules-to-not-convert-file" in demo and not modules_file:
         lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
-    launch = _LAUNCH.format(flag=values["fp8_rescale"])
+    launch = _LAUNCH.format(more=", ".join(f"{name}={values[name]!r}" for name in _NO_OPTION if name in values))
     lines += [f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
     lines += ["", f"# scales: {settings.layout}"]
     lines += [f"# note: {note}" for note in settings.notes]

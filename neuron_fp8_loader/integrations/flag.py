@@ -17,6 +17,8 @@ log = logging.getLogger("neuron_fp8_loader")
 
 FLAG = "fp8_rescale"
 
+BLOCKWISE = "blockwise_symmetric"
+
 _LAYOUTS = {
     "per_tensor_symmetric": "per_tensor",
     "per_channel_symmetric": "per_channel",
@@ -75,7 +77,25 @@ def layout_for(neuron_config: Any) -> str:
     """The layout that brings scales into the shape which the layers of this ``quantization_type`` take."""
     if not getattr(neuron_config, "quantized", False):
         return "keep"
-    return _LAYOUTS.get(str(getattr(neuron_config, "quantization_type", "")), "keep")
+    if experts_apart(neuron_config):
+        return "per_channel"
+    return _LAYOUTS.get(quantization_type(neuron_config), "keep")
+
+
+def quantization_type(neuron_config: Any) -> str:
+    """NeuronConfig's ``quantization_type``, be it a string or a member of NxD's enumeration."""
+    given = getattr(neuron_config, "quantization_type", "")
+    return str(getattr(given, "value", given))
+
+
+def experts_apart(neuron_config: Any) -> bool:
+    """Is the type one that only fused experts take, so that all other layers get one scale an output row?
+
+    Both the compilation and the load ask here. Blocks along a third axis have no meaning for a weight of two.
+    """
+    kind = quantization_type(neuron_config)
+    axes = getattr(neuron_config, "quantization_block_axis", None) or ()
+    return kind == "expert_wise_per_channel_symmetric" or (kind == BLOCKWISE and any(axis > 1 for axis in axes))
 
 
 def dequantized(plan: Plan, options: Mapping[str, Any]) -> set[str]:

@@ -21,15 +21,18 @@ from ..errors import listing
 from ..load.files import load_checkpoint
 from ..load.state_dict import rescale_by
 from ..options import Options
-from ..plan import Plan, make_plan, make_recipe, plan_checkpoint
+from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
 from .check import check_ready
 from .complete import check_complete, scales_of
+from .experts import parts_of
 from .explain import explained
-from .flag import FLAG, dequantized, options_for, parse
+from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
+from .fused_scales import Form, attach_scales
 from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
-from .modules import check_plain, modules_of, not_quantized, patterns
-from .names import paths_of
+from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, patterns
+from .names import paths_of, short_name
 from .neuron_config import find_plan, has_fp8
+from .stacks import as_taken, takes
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -51,6 +54,7 @@ class Session:
     Attributes:
         options: for the loader.
         quantized: are there quantized layers, which look for scales under names of their own?
+        blocks: do the experts, and only they, take blocks?
         own_scales: does the model read ``weight_scale_inv`` by itself, in the shape that it has?
         read_ready: was the state dict read by the loader, and so is rescaled?
         entries: ``modules_to_not_convert``.
@@ -58,10 +62,13 @@ class Session:
         prefix: of the draft or the target in the model.
         scales: of the FP8 weights that the model's conversion was given.
         unscaled: modules whose FP8 weights have no scale, by the paths that they may have.
+        pairs: of the checkpoint, by ``short_name`` of the module.
+        modules: of the model, where it is known.
     """
 
     options: dict[str, Any]
     quantized: bool = True
+    blocks: bool = False
     own_scales: bool = False
     read_ready: bool = False
     entries: tuple[str, ...] = ()
@@ -69,6 +76,8 @@ class Session:
     prefix: str = ""
     scales: dict[str, str] = field(default_factory=dict)
     unscaled: set[str] = field(default_factory=set)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    modules: Modules | None = None
 
     def options_for(self, plan: Plan) -> dict[str, Any]:
         """The options, but that scales which the model reads by itself keep their shapes, and that FP8 modules which
@@ -83,12 +92,16 @@ class Session:
         modules = modules_of(self.app) if self.app is not None else None
         if modules is not None and self.prefix:
             modules = modules.below(self.prefix)
+        self.modules = modules
+        self.pairs = {short_name(pair.module): pair for pair in plan.pairs}
         more = not_quantized(plan, self.entries, modules)
         options = {**self.options}
         if more:
             log.info("%s: as bfloat16, for NxD does not quantize %s", plan.source, listing("FP8 module", more, 5))
             given = Options.of(self.options).dequantize
             options["dequantize"] = [*given, *patterns(plan, more)]
+        if self.blocks and Options.of(self.options).layout == "per_channel":
+            options["keep"] = [*Options.of(self.options).keep, *patterns(plan, experts_of(plan))]
         if modules is not None:
             check_plain(plan, dequantized(plan, options), modules)
         return options
@@ -123,7 +136,9 @@ def _session_for(config: Any, model: type) -> Session | None:
     own = quantizes_itself(model) if quantized else reads_scale_inv(model)
     entries = tuple(getattr(neuron_config, "modules_to_not_convert", None) or ())
     prefix = getattr(model, "_FUSED_PREFIX", "")
-    return Session(options, quantized, own, entries=entries, app=_application.get(), prefix=prefix)
+    blocks = experts_apart(neuron_config) and quantization_type(neuron_config) == BLOCKWISE
+    app = _application.get()
+    return Session(options, quantized, blocks, own, entries=entries, app=app, prefix=prefix)
 
 
 def reader(file_name: str) -> Callable[..., Any]:
@@ -149,7 +164,7 @@ def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: A
         if session is None:
             return original(cls, path, config, *args, **kwargs)
         with explained(str(path)):
-            state_dict = original(_ready_before_conversion(cls, session, path), path, config, *args, **kwargs)
+            state_dict = original(_ready_before_conversion(cls, session, path, config), path, config, *args, **kwargs)
     _check(state_dict, path, session)
     if not config.neuron_config.is_mlp_quantized() or session.quantized:
         head = f"{session.prefix}." if session.prefix else ""
@@ -159,8 +174,9 @@ def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: A
     return state_dict
 
 
-def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
-    """``cls``, but that what was read by another way (one file, a HF model) is rescaled before it is converted.
+def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any) -> type:
+    """``cls``, but that what was read by another way (one file, a HF model) is rescaled before it is converted, and
+    that the scales of experts follow their weights.
 
     A conversion may fuse, split and rename; before it, weights and scales still have the names of the checkpoint.
     """
@@ -175,7 +191,13 @@ def _ready_before_conversion(cls: Any, session: Session, path: str) -> type:
             state_dict, _ = rescale_by(state_dict, make_recipe(plan, options), options, inplace=True)
             state_dict = session.named(state_dict, plan)
         session.scales.update(scales_of(state_dict))
-        return convert(state_dict, *args, **kwargs)
+        parts = parts_of(state_dict, session.pairs)
+        as_taken(state_dict, takes(cls), session.pairs)
+        converted = convert(state_dict, *args, **kwargs)
+        if parts:
+            form = Form.of(config.neuron_config, session.modules)
+            attach_scales(converted, parts, form, str(path), Options.of(session.options).thread_count())
+        return converted
 
     namespace = {
         "convert_hf_to_neuron_state_dict": staticmethod(convert_ready),

@@ -23,6 +23,8 @@ from .names import checkpoint_modules, contradictions, paths_of
 
 log = logging.getLogger("neuron_fp8_loader")
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks|transformer_blocks|single_transformer_blocks)\.\d+)\.")
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.([qkv]_proj|qkv_proj|Wqkv)$")
 
@@ -32,10 +34,11 @@ class Modules:
 
     Attributes:
         quantized: path of a module, from the model's root -> is its weight FP8?
+        shapes: path of a quantized module -> the shapes of its weight and of its scale, on one rank.
     """
 
-    def __init__(self, quantized: Mapping[str, bool]) -> None:
-        self.quantized = dict(quantized)
+    def __init__(self, quantized: Mapping[str, bool], shapes: Mapping[str, Shapes] | None = None) -> None:
+        self.quantized, self.shapes = dict(quantized), dict(shapes or {})
         self._places: dict[tuple[str, str], list[str]] = {}
         for path in self.quantized:
             self._places.setdefault(_place(path), []).append(path)
@@ -43,7 +46,10 @@ class Modules:
     def below(self, prefix: str) -> Modules:
         """Those of a draft or a target, by paths of their own."""
         head = prefix + "."
-        return Modules({p.removeprefix(head): q for p, q in self.quantized.items() if p.startswith(head)})
+        return Modules(
+            {p.removeprefix(head): q for p, q in self.quantized.items() if p.startswith(head)},
+            {p.removeprefix(head): s for p, s in self.shapes.items() if p.startswith(head)},
+        )
 
     def find(self, module: str) -> str | None:
         """The module that takes the weight of a module of the checkpoint; None where that is not known.
@@ -81,12 +87,17 @@ def modules_of(app: Any) -> Modules | None:
     except Exception as error:  # whatever a model's constructor does; the names of the checkpoint have to do
         log.info("the model could not be built, so modules are known by their names: %s", error)
         return None
-    return Modules({
-        name.removesuffix(".weight"): parameter.dtype == E4M3FN
-        for model in models
-        for name, parameter in model.named_parameters()
-        if name.endswith(".weight") and parameter.dim() > 1
-    })  # fmt: skip
+    quantized: dict[str, bool] = {}
+    shapes: dict[str, Shapes] = {}
+    for parameters in (dict(model.named_parameters()) for model in models):
+        for name, parameter in parameters.items():
+            if name.endswith(".weight") and parameter.dim() > 1:
+                path = name.removesuffix(".weight")
+                quantized[path] = parameter.dtype == E4M3FN
+                scale = parameters.get(f"{path}.scale")
+                if scale is not None:
+                    shapes[path] = tuple(parameter.shape), tuple(scale.shape)
+    return Modules(quantized, shapes)
 
 
 def _built(app: Any) -> list[torch.nn.Module]:
@@ -175,6 +186,11 @@ def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules) -> N
             "No entry of modules_to_not_convert is part of these paths. Set it to a list with an entry for each, at "
             f"compilation as at loading, such as {sorted(wrong)[:3]}"
         )
+
+
+def experts_of(plan: Plan) -> list[str]:
+    """The FP8 modules of a checkpoint that are experts, one by one or in a stack."""
+    return [p.module for p in plan.pairs if ".experts." in p.module and len(plan.tensors[p.weight].shape) in (2, 3)]
 
 
 def patterns(plan: Plan, chosen: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ from .loading import (
 from .neuron_config import init_fused_spec, init_inference_config, init_neuron_config
 from .patches import Patches
 from .post_import import PostImport
+from .quantizing import convert
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -74,6 +75,7 @@ def _patch_application(module: ModuleType) -> None:
 
 def _patch_wrapper(module: ModuleType) -> None:
     _wrap(module, "DecoderModelInstance.load_module", load_module)
+    _wrap(module, "convert", convert)
 
 
 def _patch_trace(module: ModuleType) -> None:

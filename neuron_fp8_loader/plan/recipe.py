@@ -206,8 +206,8 @@ class _Maker:
         self.steps: dict[str, Step] = {}
         self.fusing = fuse(plan, what.layout) if what.experts == "fused" else Fusing()
         self.problems = list(self.fusing.problems)
-        self.patterns = tuple(what.dequantize)
-        self.unused = set(self.patterns)
+        self.unused = {("keep", pattern) for pattern in what.keep}
+        self.unused |= {("dequantize", pattern) for pattern in what.dequantize}
 
     def recipe(self) -> Recipe:
         for pairs in self.plan.by_scale.values():
@@ -216,7 +216,7 @@ class _Maker:
             else:
                 self._group(pairs)
         self._without_scale()
-        self.problems += [f"dequantize={pattern!r} {self._no_match(pattern)}" for pattern in sorted(self.unused)]
+        self.problems += [f"{option}={pattern!r} {self._no_match(pattern)}" for option, pattern in sorted(self.unused)]
         for activation in self.plan.activation_scales:
             rescale = self.what.activation_scales == "rescale"
             self._step(activation.name, "activation scale", "scale" if rescale else "keep", activation=activation)
@@ -259,13 +259,16 @@ class _Maker:
 
     def _expert(self, pair: Pair) -> None:
         """A weight that goes to a fused layer, and its scale. What they come out as, ``_step`` knows."""
-        for pattern in self.patterns:
-            if fnmatchcase(pair.module, pattern):
-                self.unused.discard(pattern)
-                self.problems.append(
-                    f'{pair.weight}: dequantize={pattern!r} names an expert, and experts="fused" keeps them FP8; '
-                    'leave it out of the pattern, or experts="keep"'
-                )
+        if self._chosen(pair, "dequantize"):
+            self.problems.append(
+                f'{pair.weight}: dequantize={list(self.what.dequantize)} names an expert, and experts="fused" keeps '
+                'them FP8; leave it out of the pattern, or experts="keep"'
+            )
+        if self._chosen(pair, "keep") and self.what.layout != "keep":
+            self.problems.append(
+                f'{pair.weight}: keep={list(self.what.keep)} names an expert, whose scales experts="fused" lays out; '
+                'leave it out of the pattern, or layout="keep"'
+            )
         if pair.granularity.kind == "block" and self.what.layout == "per_channel":
             self._step(pair.weight, "weight", "requantize", table=HALF, pair=pair)
             self._step(pair.scale, "scale", "requantize", pair=pair)
@@ -275,13 +278,12 @@ class _Maker:
 
     def _weight_action(self, pair: Pair) -> tuple[Action, tuple[int, ...] | None]:
         """What is done with a weight, and the shape that its scale takes (None: its own)."""
-        tensors, matching = self.plan.tensors, [p for p in self.patterns if fnmatchcase(pair.module, p)]
-        if matching:
-            self.unused.difference_update(matching)
+        tensors, kept = self.plan.tensors, self._chosen(pair, "keep")
+        if self._chosen(pair, "dequantize"):
             if not can_be_dequantized(pair, tensors):
                 self.problems.append(f"{pair.weight}: cannot be dequantized; {unknown(pair, tensors)}")
             return "dequantize", None
-        if self.what.layout == "keep":
+        if self.what.layout == "keep" or kept:
             return "translate", None
         try:
             shape = scale_shape(pair, tensors, self.what.layout)
@@ -289,6 +291,12 @@ class _Maker:
             self.problems.append(f"{pair.weight}: {error}")
             return "translate", None
         return ("requantize", None) if shape is None else ("translate", shape)
+
+    def _chosen(self, pair: Pair, option: Literal["keep", "dequantize"]) -> bool:
+        """Does one of the option's patterns match the pair's module?"""
+        matching = {(option, p) for p in getattr(self.what, option) if fnmatchcase(pair.module, p)}
+        self.unused -= matching
+        return bool(matching)
 
     def _without_scale(self) -> None:
         """Weights without a scale: those of another format, whose scale stays as it is, and those that have none."""

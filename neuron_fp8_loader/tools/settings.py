@@ -27,7 +27,19 @@ ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 QUANTIZATION_DTYPE = "f8e4m3"
 """The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
 
+EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
+
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+_OTHERS = "all other layers take one scale an output row, under the flag"
+_ROWS = (
+    "one scale an output row of each expert [experts, 1, out], which NxD's kernels for fused experts take as it is; "
+    f"{_OTHERS}"
+)
+_FROM_BLOCKS = "; blocks are requantized to rows while loading, or kept with --experts blockwise"
+_BLOCKS = (
+    "the blocks of the experts as they are, which loses nothing; NxD dequantizes them to bfloat16 in its kernels, so "
+    f"that expert_wise_per_channel_symmetric is faster; {_OTHERS}"
+)
 
 
 @dataclass(frozen=True)
@@ -51,16 +63,24 @@ class Settings:
     fp8: bool
 
 
-def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, method: str = "half") -> Settings:
+def settings_for(
+    path: str | os.PathLike[str],
+    *,
+    tp_degree: int | None = None,
+    method: str = "half",
+    experts: str | None = None,
+) -> Settings:
     """Settings for a checkpoint.
 
     Args:
         path: a directory, a ``.safetensors`` file or an index; NxD Inference is given its directory.
         tp_degree: tensor parallel degree, left out of the result where None.
         method: ``"half"`` or ``"ratio"``.
+        experts: ``"expert_wise"`` (one scale an output row of each expert; the default) or ``"blockwise"``.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, an unknown method.
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, an unknown method,
+            ``experts`` that this checkpoint does not have.
     """
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected {' or '.join(map(repr, METHODS))}")
@@ -71,6 +91,11 @@ def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, 
     directory = checkpoint.directory.resolve()
     fp8 = bool(plan.fp8_weights)
     quantization_type, layout = nxd_layout(plan)
+    blocks: dict[str, Any] = {}
+    if experts is not None and quantization_type != EXPERT_WISE:
+        raise OptionError(f"experts={experts!r}: {plan.source} has no FP8 experts whose scales are known")
+    if experts == "blockwise":
+        quantization_type, blocks, layout = BLOCKWISE, expert_blocks(plan), _BLOCKS
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
     if fp8:
         neuron_config |= {
@@ -78,6 +103,7 @@ def settings_for(path: str | os.PathLike[str], *, tp_degree: int | None = None, 
             "quantized_checkpoints_path": str(directory),
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
+            **blocks,
             "modules_to_not_convert": modules_to_not_convert(plan),
             "fp8_rescale": True if method == "half" else method,
         }
@@ -150,6 +176,9 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
         return "per_channel_symmetric", "no scales: NxD's quantized layers need none of them changed"
     kinds = {pair.granularity.kind for pair in plan.pairs}
     experts = any(pair.granularity.experts or _EXPERTS.search(pair.weight) for pair in plan.pairs)
+    if experts and "unknown" not in kinds:
+        requantized = "block" in {p.granularity.kind for p in plan.pairs if _EXPERTS.search(p.weight)}
+        return EXPERT_WISE, f"{_ROWS}{_FROM_BLOCKS if requantized else ''}"
     shapes = {plan.tensors[pair.scale].shape for pair in plan.pairs if pair.granularity.kind == "row"}
     if kinds == {"tensor"} and not experts:
         return "per_tensor_symmetric", (
@@ -171,6 +200,22 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
     return "per_channel_symmetric", (
         "one scale an output row is what NxD takes; the flag expands and reshapes the checkpoint's to that, exactly"
     )
+
+
+def expert_blocks(plan: Plan) -> dict[str, list[int]]:
+    """``quantization_block_axis`` and ``quantization_block_size`` for the blocks of a checkpoint's experts.
+
+    NxD's fused weights are [experts, in, out], so a block of the checkpoint is turned.
+
+    Raises:
+        OptionError: the experts have no blocks, or blocks of several sizes.
+    """
+    found = {pair.granularity.block for pair in plan.pairs if _EXPERTS.search(pair.weight) and not pair.transposed}
+    sizes = sorted(block for block in found if block is not None)
+    if len(found) != 1 or not sizes:
+        what = f"blocks of {len(sizes)} sizes" if sizes else "no blocks"
+        raise OptionError(f"experts='blockwise': {plan.source}: its experts have {what}; use 'expert_wise'")
+    return {"quantization_block_axis": [1, 2], "quantization_block_size": [sizes[0][1], sizes[0][0]]}
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -24,10 +24,11 @@ from tests.support import TINY, shared
     [
         ("ct_fp8_static", "per_tensor_symmetric"),
         ("ct_fp8_dynamic", "per_channel_symmetric"),
-        ("ct_fp8_dynamic_moe", "per_channel_symmetric"),
+        ("ct_fp8_dynamic_moe", "expert_wise_per_channel_symmetric"),
+        ("hf_fp8_block_moe_fused", "expert_wise_per_channel_symmetric"),
         ("hf_fp8_block", "per_channel_symmetric"),
         ("ct_mxfp8", "per_channel_symmetric"),
-        ("derived_llama4_modelopt", "per_channel_symmetric"),
+        ("derived_llama4_modelopt", "expert_wise_per_channel_symmetric"),
         ("modelopt_fp8", "per_tensor_symmetric"),
     ],
 )
@@ -37,6 +38,28 @@ def test_quantization_type_follows_the_scales(name: str, quantization_type: str)
     assert config["quantization_dtype"] == "f8e4m3"  # the one spelling that brings the compiler's flag
     assert config["fp8_rescale"] is True
     assert config["quantized_checkpoints_path"] == str(shared(name).resolve())
+
+
+def test_blocks_of_experts_are_kept_where_asked_for() -> None:
+    args = ("config", shared("hf_fp8_block_moe_fused"), "--experts", "blockwise")
+    config, text = run_json(*args)["neuron_config"], run(*args).stdout
+    assert "fp8_rescale=True, quantization_block_axis=[1, 2], quantization_block_size=[128, 128]))" in text
+    assert config["quantization_type"] == "blockwise_symmetric"
+    assert config["quantization_block_axis"] == [1, 2]
+    assert config["quantization_block_size"] == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "reason"),
+    [
+        ("ct_fp8_dynamic_moe", "blockwise", "no blocks"),
+        ("hf_fp8_block", "blockwise", "no FP8 experts"),
+        ("hf_fp8_block", "expert_wise", "no FP8 experts"),
+    ],
+)
+def test_experts_that_are_not_there_are_refused(name: str, experts: str, reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        settings_for(shared(name), experts=experts)
 
 
 def test_all_three_forms_say_the_same(tmp_path: Path) -> None:

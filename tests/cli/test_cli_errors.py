@@ -72,7 +72,7 @@ def lost_shard(tmp: Path) -> Path:
     return path
 
 
-@kind("model.safetensors.index.json: not JSON")
+@kind("not a checkpoint index")
 def broken_index(tmp: Path) -> Path:
     path = sharded(tmp / "c", layer(0), layer(1))
     (path / "model.safetensors.index.json").write_text("{")

@@ -48,7 +48,7 @@ def test_config_without_fp8(tmp_path: Path) -> None:
     done = run("config", shared("ct_nvfp4"), "--for", "vllm-neuron")
     assert (done.exit_code, "the flag is not needed" in done.stdout) == (1, True)
     done = run("config", shared("modelopt_fp8_kv"), "--for", "vllm-neuron", "--modules-file", tmp_path / "m")
-    assert (done.exit_code, "inference_demo" in done.stderr) == (2, True)
+    assert (done.exit_code, "NxD Inference" in done.stderr) == (2, True)
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs real_cases.py and real_layouts.py where NXD_SRC and NXDI_SRC name checkouts of NxD and NxD Inference."""
+"""Runs the real_*.py beside it where NXD_SRC and NXDI_SRC name checkouts of NxD and NxD Inference."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from neuron_fp8_loader import kernel
 from tests.support import ROOT, SHARED
 
-CASES = [Path(__file__).with_name(name) for name in ("real_cases.py", "real_layouts.py")]
+CASES = [("real_cases.py", "real_layouts.py"), ("real_moe.py",), ("real_moe_ep.py",)]
 
 
-def test_real_sources() -> None:
+@pytest.mark.parametrize("files", CASES)
+def test_real_sources(files: tuple[str, ...]) -> None:
     for variable in ("NXD_SRC", "NXDI_SRC"):
         if not os.environ.get(variable):
             pytest.skip(f"{variable} is not set")
@@ -29,7 +30,8 @@ def test_real_sources() -> None:
         pytest.skip("once is enough: the kernel paths give the same bytes")
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "NEURON_RT_NUM_CORES")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, CASES)]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    command += [str(Path(__file__).with_name(name)) for name in files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -24,6 +24,8 @@ class NeuronConfig:
         self.quantized_checkpoints_path = kwargs.pop("quantized_checkpoints_path", None)
         self.quantization_type = kwargs.pop("quantization_type", "per_tensor_symmetric")
         self.quantization_dtype = kwargs.pop("quantization_dtype", "int8")
+        self.quantization_block_axis = kwargs.pop("quantization_block_axis", None)
+        self.quantization_block_size = kwargs.pop("quantization_block_size", None)
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
         self.enable_fused_speculation = kwargs.pop("enable_fused_speculation", False)
         self.quantized_mlp_kernel_enabled = kwargs.pop("quantized_mlp_kernel_enabled", False)

@@ -1,0 +1,257 @@
+"""Where did a model's conversion put its experts? Told by their bytes, so that their scales can follow them.
+
+A conversion stacks, transposes, fuses, pads and renames weights as its model needs, and knows nothing of scales.
+Before it, a few bytes of every expert's weight are kept, and its scale. After it, those bytes are looked for in the
+stacked FP8 tensors: NxD's fused layers hold [experts, in, out], gate and up side by side along the last axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..codes.dequantize import scale_values
+from ..codes.formats import E4M3FN
+from ..conventions import module_of
+from ..errors import WeightError, listing
+from ..plan import Pair
+from .check import is_weight
+from .names import short_name
+
+_EXPERTS = re.compile(r"(^|\.)experts\.")
+_NUMBER = re.compile(r"\.experts\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_ROLES = {
+    "gate": ("gate_proj", "w1", "linear", "gate_up_proj"),
+    "up": ("up_proj", "w3", "v1", "linear_v"),
+}
+"""What models call the projections. Bytes tell them apart; names only settle what comes first where bytes are equal
+(all zeros, say). A projection of neither kind comes last."""
+
+_ROWS, _COLUMNS = 8, 32  # bytes kept of a weight: this many rows, of each this many columns
+
+Scale = tuple[torch.Tensor, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix [out, in] of one expert, as it was before the conversion: a projection, or half of a fused one.
+
+    Attributes:
+        name: of the weight.
+        scale_name: of its scale.
+        layer, expert: the numbers in its name, or its place in a stack; ``""`` and 0 where there is none.
+        role: 0 gate, 1 up, 2 any other.
+        shape: (out, in).
+        rows, columns: indices of the bytes kept, each from the first to the last.
+        bytes: uint8 [rows, columns].
+        values: float32 [row blocks, column blocks], the scale.
+        block: (rows, columns) that one value covers.
+    """
+
+    name: str
+    scale_name: str
+    layer: str
+    expert: int
+    role: int
+    shape: tuple[int, int]
+    rows: torch.Tensor
+    columns: torch.Tensor
+    bytes: torch.Tensor
+    values: torch.Tensor
+    block: tuple[int, int]
+
+    def scale(self, block: tuple[int, int]) -> torch.Tensor:
+        """The values for blocks of another size, float32 [row blocks, column blocks].
+
+        Raises:
+            ValueError: such a block would need two scales; the text says what there is.
+        """
+        grid = self.values
+        for axis in (0, 1):
+            size, old, new = self.shape[axis], self.block[axis], block[axis]
+            if old >= size or old % new == 0:
+                index = torch.arange(0, size, new) // old
+            elif grid.shape[axis] > 1:
+                raise ValueError(f"{self.name} has one scale per {self.block[0]} rows and {self.block[1]} columns")
+            else:
+                index = torch.zeros(-(-size // new), dtype=torch.long)
+            grid = grid.index_select(axis, index)
+        return grid
+
+
+def parts_of(state_dict: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Part]:
+    """The parts of all FP8 experts that have a scale.
+
+    Args:
+        state_dict: what the conversion will be given.
+        pairs: of the checkpoint, by ``short_name`` of the module.
+    """
+    found: list[Part] = []
+    for name, weight in state_dict.items():
+        if not _EXPERTS.search(name) or not is_weight(name, weight, state_dict) or weight.dim() not in (2, 3):
+            continue
+        module = module_of(name)
+        pair, scale = pairs.get(short_name(module)), state_dict.get(f"{module}.scale")
+        if pair is not None and scale is not None:
+            found += _parts(name, weight, scale, pair)
+    return sorted(found, key=lambda part: part.role)
+
+
+def _layer(name: str) -> str:
+    layer = _LAYER.search(name)
+    return layer[1] if layer else ""
+
+
+def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair) -> Iterator[Part]:
+    number = _NUMBER.search(name)
+    last = module_of(name).rpartition(".")[2]
+    role = next((k for k, names in enumerate(_ROLES.values()) if last in names), 2)
+    stacked = weight.dim() == 3
+    matrices = weight if stacked else weight.unsqueeze(0)
+    values, block = _grid(matrices, scale, pair)
+    if stacked and pair.transposed:
+        matrices, values, block = matrices.transpose(1, 2), values.transpose(1, 2), block[::-1]
+    raw = matrices.view(torch.uint8)
+    out = raw.shape[1]
+    # gate and up of a stack may be padded apart, so its halves are looked for apart
+    cut = out // 2 if stacked and out % 2 == 0 and (block[0] >= out or out // 2 % block[0] == 0) else out
+    for place in range(len(raw)):
+        expert = place if stacked else int(number[1]) if number else 0
+        for top in range(0, out, cut):
+            own = values[place][top // block[0] : -(-(top + cut) // block[0])] if block[0] < out else values[place]
+            yield Part(
+                name,
+                f"{module_of(name)}.scale",
+                _layer(name),
+                expert,
+                role if top == 0 or role != 0 else 1,
+                (cut, raw.shape[2]),
+                *_probe(raw[place, top : top + cut]),
+                own,
+                block,
+            )
+
+
+def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The scale as float32 [experts, row blocks, column blocks], and the size of a block, as the weight lies."""
+    experts, rows, columns = matrices.shape
+    values = scale_values(scale).float()
+    if values.numel() in (1, experts) and (values.numel() == 1 or pair.granularity.kind == "tensor"):
+        return values.reshape(-1, 1, 1).expand(experts, 1, 1), (rows, columns)
+    laid_out = scale.dim() <= 3 and tuple(scale.shape[-2:]) == (rows, 1)
+    if pair.granularity.kind == "block" and pair.granularity.block and not laid_out:
+        height, width = pair.granularity.block
+        return values.reshape(experts, -(-rows // height), -(-columns // width)), (height, width)
+    if pair.transposed and values.numel() == experts * columns:
+        return values.reshape(experts, 1, columns), (rows, 1)
+    return values.reshape(experts, rows, 1), (1, columns)
+
+
+def _probe(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = (
+        torch.linspace(0, size - 1, min(size, most)).round().long()
+        for size, most in zip(matrix.shape, (_ROWS, _COLUMNS), strict=True)
+    )
+    return rows, columns, matrix[rows][:, columns].clone()
+
+
+@dataclass
+class Placed:
+    """A stacked tensor of the converted state dict, and which part lies where in it.
+
+    Attributes:
+        name: of the tensor.
+        tensor: float8_e4m3fn [experts, in, out].
+        places: (place in the stack, first column, part).
+    """
+
+    name: str
+    tensor: torch.Tensor
+    places: list[tuple[int, int, Part]]
+
+
+def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[Placed]:
+    """Find the parts in the stacked FP8 weights of what a conversion returned.
+
+    Returns:
+        the weights of which every column belongs to a part, but for columns of zeros, which padding made. Stacks in
+        which no part was found are left out.
+
+    Raises:
+        WeightError: some of a stack was found, and not all of it; or a part is nowhere, and neither is its weight.
+    """
+    stacks: dict[str, list[Placed]] = {}
+    for name, value in converted.items():
+        stacks.setdefault(_layer(name), [])
+        if isinstance(value, torch.Tensor) and value.dtype == E4M3FN and value.dim() == 3 and name.endswith(".weight"):
+            stacks[_layer(name)].append(Placed(name, value, []))
+    there = {short_name(name) for name in converted}
+    lost: dict[str, None] = {}
+    for part in parts:
+        for stack in sorted(stacks.get(part.layer, ()), key=lambda s: ("down" in s.name) != (part.role == 2)):
+            place = _place(part, stack)
+            if place is not None:
+                stack.places.append((*place, part))
+                break
+        else:
+            # a layer that the model does not have is no loss
+            if part.layer in stacks and short_name(part.name) not in there:
+                lost.setdefault(f"{part.name} {list(part.shape)}: its bytes are in no stacked FP8 weight")
+    found = [stack for several in stacks.values() for stack in several if stack.places]
+    problems = [problem for stack in found for problem in _uncovered(stack)] or list(lost)
+    if problems:
+        raise WeightError(
+            f"{source}: the model's conversion did something to its experts that is not understood, "
+            f"{listing('problem', problems, 8)}\n"
+            "Expected were weights [experts, in, out] of which each column is a row of one expert of the same layer, "
+            "unchanged, gate and up side by side, or zeros. Have the experts as bfloat16: "
+            'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
+        )
+    return found
+
+
+def _place(part: Part, stack: Placed) -> tuple[int, int] | None:
+    """(place in the stack, first column) where the part's bytes lie."""
+    experts, rows, columns = stack.tensor.shape
+    out, inner = part.shape
+    if rows < inner or columns < out:
+        return None
+    raw = stack.tensor.view(torch.uint8)
+    for place in sorted(range(experts), key=lambda k: k != part.expert):
+        taken = {first for other, first, _ in stack.places if other == place}
+        across = raw[place][part.columns]  # [columns kept, out]
+        starts = (across == part.bytes[0][:, None]).all(dim=0).nonzero().flatten().tolist()
+        for first in starts:
+            if first in taken or first + out > columns:
+                continue
+            if bool((across[:, part.rows + first] == part.bytes.T).all()):
+                return place, first
+    return None
+
+
+def _uncovered(stack: Placed) -> Iterator[str]:
+    """What in a stack belongs to no part, or to two, and is not zero."""
+    experts, _, columns = stack.tensor.shape
+    raw = stack.tensor.view(torch.uint8)
+    free = torch.ones(experts, columns, dtype=torch.bool)
+    for place, first, part in stack.places:
+        out, inner = part.shape
+        below = raw[place, inner:, first : first + out]
+        if not bool(free[place, first : first + out].all()) or bool((below & 0x7F).any()):
+            yield f"{stack.name} {list(raw.shape)}: {part.name} was found at {place}, and something else with it"
+            return
+        free[place, first : first + out] = False
+    for place in range(experts):
+        left = free[place].nonzero().flatten()
+        bad = left[((raw[place][:, left] & 0x7F) != 0).any(dim=0)] if len(left) else left
+        if len(bad):
+            yield (
+                f"{stack.name} {list(raw.shape)}: expert {place}, columns {int(bad[0])} to {int(bad[-1])} are not of "
+                "this layer's experts"
+            )
+            return

@@ -1,0 +1,55 @@
+"""Prints the table of docs/models.md, from a run of the real NxD Inference on a CPU.
+
+    NXD_SRC=... NXDI_SRC=... python -W ignore -m tests.integrations.moe_matrix [TP]
+
+Each cell is a checkpoint that is made, loaded under the flag, sharded, and held row by row against its float32 twin.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from neuron_fp8_loader import Fp8LoaderError
+from tests.integrations.real_moe import MX_BLOCKS, TYPES, checkpoint, shards, twin, worst
+
+ROWS = [
+    ("qwen3_moe", "channel", False),
+    ("qwen3_moe", "tensor", False),
+    ("qwen3_moe", "block", False),
+    ("qwen3_moe", "mx", False),
+    ("mixtral", "channel", False),
+    ("mixtral", "tensor", False),
+    ("mixtral", "block", False),
+    ("mixtral", "mx", False),
+    ("llama4", "channel", False),
+    ("llama4", "block", False),
+    ("llama4", "channel", True),
+]
+FORMS = {"channel": "a row", "tensor": "a matrix", "block": "128x128", "mx": "MX 1x32"}
+
+
+def cell(family: str, form: str, stack: bool, kind: str, tp: int) -> str:
+    """Least dB of any expert's output row, and of any row of the other FP8 layers; or that it is refused."""
+    fp8, plain = checkpoint(family, form, stack)
+    given = MX_BLOCKS if (form, kind) == ("mx", "blockwise") else TYPES[kind]
+    try:
+        ranks = shards(family, fp8, tp, **given)
+    except Fp8LoaderError:
+        return "refused"
+    found = worst(ranks, twin(family, plain, tp))
+    experts = min(v for n, v in found.items() if ".expert_mlps." in n)
+    return f"{experts:.0f} / {min(v for n, v in found.items() if '.expert_mlps.' not in n):.0f}"
+
+
+def main(tp: int) -> None:
+    print(f"| family | experts on disk | a scale for | {' | '.join(TYPES)} |")
+    print("|---" * (3 + len(TYPES)) + "|")
+    for family, form, stack in ROWS:
+        cells = [cell(family, form, stack, kind, tp) for kind in TYPES]
+        print(
+            f"| {family} | {'stacked' if stack else 'one by one'} | {FORMS[form]} | {' | '.join(cells)} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)

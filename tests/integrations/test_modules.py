@@ -1,0 +1,155 @@
+"""Knowing the built model's modules: what is found, what becomes bfloat16, and what is refused."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+
+from neuron_fp8_loader import OptionError, load_state_dict
+from neuron_fp8_loader.integrations.complete import check_complete
+from neuron_fp8_loader.integrations.explain import explained
+from neuron_fp8_loader.integrations.keys import quantizes_itself, reads_scale_inv
+from neuron_fp8_loader.integrations.modules import Modules, check_plain, experts_of, not_quantized, patterns, with_bias
+from tests.integrations.checkpoints import write
+from tests.integrations.test_names import plan_of
+from tests.support import codes
+
+LLAMA4 = Modules(
+    {
+        "layers.0.self_attn.qkv_proj.q_proj": True,
+        "layers.0.feed_forward.moe.expert_mlps.mlp_op.gate_up_proj": True,
+        "layers.0.feed_forward.moe.expert_mlps.mlp_op.down_proj": True,
+        "layers.0.feed_forward.moe.shared_experts.up_proj": False,
+        "layers.1.self_attn.qkv_proj.q_proj": True,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.qkv_proj.q_proj"),
+        (
+            "language_model.model.layers.0.feed_forward.experts.3.w1",
+            "layers.0.feed_forward.moe.expert_mlps.mlp_op.gate_up_proj",
+        ),
+        (
+            "language_model.model.layers.0.feed_forward.experts.down_proj",
+            "layers.0.feed_forward.moe.expert_mlps.mlp_op.down_proj",
+        ),
+        (
+            "language_model.model.layers.0.feed_forward.shared_expert.up_proj",
+            "layers.0.feed_forward.moe.shared_experts.up_proj",
+        ),
+        ("model.layers.1.feed_forward.shared_expert.up_proj", None),
+        ("model.layers.0.mlp.up_proj", None),
+    ],
+)
+def test_where_a_name_of_the_checkpoint_goes(name: str, path: str | None) -> None:
+    assert LLAMA4.find(name) == path
+
+
+def test_the_class_of_the_module_counts_and_where_it_is_unknown_the_list() -> None:
+    shared, query = "model.layers.0.feed_forward.shared_expert.up_proj", "model.layers.0.self_attn.q_proj"
+    elsewhere = "model.layers.0.mlp.up_proj"
+    plan = plan_of([shared, query, elsewhere], [])
+    assert not_quantized(plan, ["layers.0.mlp"], LLAMA4) == [shared, elsewhere]
+    assert not_quantized(plan, ["layers.0.mlp"], None) == [elsewhere]
+    assert not_quantized(plan, [], LLAMA4) == [shared]
+
+
+def test_queries_with_a_bias_are_never_quantized() -> None:
+    plan = plan_of(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"], [])
+    plan.tensors["model.layers.0.self_attn.q_proj.bias"] = plan.tensors["model.norm.weight"]  # type: ignore[index]
+    assert with_bias(plan) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_weight_that_is_not_fp8_in_a_quantized_layer_is_refused() -> None:
+    plan = plan_of(["model.layers.1.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"])
+    with pytest.raises(OptionError, match=r"layers\.0\.self_attn\.qkv_proj\.q_proj, for model\.layers\.0"):
+        check_plain(plan, (), LLAMA4)
+    with pytest.raises(OptionError, match=r"layers\.1\.self_attn"):
+        check_plain(plan, {"model.layers.1.self_attn.q_proj.weight"}, LLAMA4)
+    good = plan_of(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"], [])
+    check_plain(good, (), LLAMA4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["model.layers.0.a.b", "model.layers.1.a.b"], ["model.layers.*.a.b"]),
+        (["model.layers.1.a.b"], ["model.layers.1.a.b"]),
+        # a * would also match the experts' own
+        (["model.layers.0.x.b", "model.layers.1.x.b"], ["model.layers.0.x.b", "model.layers.1.x.b"]),
+        ([], []),
+    ],
+)
+def test_patterns_match_what_was_chosen_and_nothing_else(chosen: list[str], expected: list[str]) -> None:
+    names = [f"model.layers.{n}.{m}" for n in range(2) for m in ("a.b", "x.b", "5.x.b", "y.[b]")]
+    plan = plan_of(names, [])
+    found = patterns(plan, chosen)
+    assert found == expected
+    assert {n for n in names if any(fnmatchcase(n, p) for p in found)} == set(chosen)
+
+
+def test_experts_of_a_checkpoint() -> None:
+    names = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.shared_expert.up_proj"]
+    assert experts_of(plan_of(names, [])) == names[:1]
+
+
+def test_scales_kept_beside_a_layout(tmp_path: object) -> None:
+    """``keep`` leaves out of the layout what its patterns match, and says so where they match nothing."""
+    from pathlib import Path
+
+    weight, scale = codes([[0x7E] * 256] * 256), torch.ones(2, 2)
+    names = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj")
+    tensors = {f"{n}.weight": weight.clone() for n in names} | {f"{n}.weight_scale_inv": scale.clone() for n in names}
+    path = write(Path(str(tmp_path)), tensors)
+    loaded = load_state_dict(path, layout="per_channel", keep=["*.experts.*"])
+    assert loaded[f"{names[0]}.weight_scale_inv"].shape == (2, 2)
+    assert loaded[f"{names[1]}.weight_scale_inv"].shape == (256, 1)
+    with pytest.raises(Exception, match=r"keep='\*\.nothing' matches no FP8 module"):
+        load_state_dict(path, layout="per_channel", keep=["*.nothing"])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("layers.0.self_attn.Wqkv.scale"), "fused_qkv=False"),
+        (KeyError("layers.0.mlp.up_proj.scale"), "Leave modules_to_not_convert out"),
+        (RuntimeError("Cannot find layers.0.mlp.x.scale in state_dict"), "no scale came for it"),
+        (NotImplementedError(), "with a bias"),
+        (AssertionError("per_channel_axis cannot be None"), "per_channel_symmetric"),
+    ],
+)
+def test_obscure_errors_are_said_in_words(error: Exception, words: str) -> None:
+    with pytest.raises(OptionError, match=words) as raised, explained("model"):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyError("layers.0.weight"), RuntimeError("out of memory"), ValueError("scale")])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, explained("model"):
+        raise error
+    assert raised.value is error
+
+
+def test_complete_dicts_pass() -> None:
+    whole = {"x.weight": codes([[1]]), "x.scale": torch.ones(1)}
+    check_complete(whole, {"x.scale": "x"}, "model", quantized=True)
+    check_complete({"x.weight": codes([[1]])}, {}, "model", quantized=True, unscaled=["x"])
+    check_complete({"x.weight": torch.ones(1)}, {"x.scale": "x"}, "model", quantized=True)
+
+
+class ReadsBlockScales:
+    """Of a file that speaks of ``weight_scale_inv`` and of ``mlp_op.gate_up_proj.scale"``."""
+
+
+def test_a_class_that_makes_its_own_quantized_weights() -> None:
+    assert reads_scale_inv(ReadsBlockScales)
+    assert quantizes_itself(ReadsBlockScales)
+    assert not reads_scale_inv(int)
+    assert not quantizes_itself(int)
