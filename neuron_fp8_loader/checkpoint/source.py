@@ -15,6 +15,7 @@ from ..host.parallel import pieces, run
 from . import reader
 from .bin import load_bin
 from .info import TensorInfo
+from .ranges import Range, read_ranges
 from .reader import WeightJob
 
 See = Callable[[str, torch.Tensor], None]
@@ -34,6 +35,9 @@ class Source(Protocol):
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
         """Call ``see(name, piece)`` with every piece of every tensor, uint8, valid until ``see`` returns."""
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        """Read parts of tensors, each to where it says; ``Range`` has what else there is to know."""
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         """Does any of these weights hold a code that does not fit? Reads no further than the first one."""
@@ -56,6 +60,9 @@ class SafetensorsSource:
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
         reader.visit(infos, see, threads, show_progress)
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        read_ranges(ranges, threads, show_progress)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         return reader.find_overflow(infos, table)
@@ -98,6 +105,19 @@ class BinSource:
         flat = {info.name: as_bytes(loaded[info.name].contiguous()) for info in infos}
         jobs = [(name, *part) for name, data in flat.items() for part in pieces(data.numel())]
         run(jobs, lambda job: see(job[0], flat[job[0]][job[1] : job[2]]), threads)
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        wanted = list(ranges)
+        loaded = self.mapped()
+        flat = {name: as_bytes(loaded[name].contiguous()) for name in {r.info.name for r in wanted}}
+
+        def work(r: Range) -> None:
+            part = flat[r.info.name][r.start : r.end]
+            part = part.clone() if r.into is None else r.into.copy_(part)
+            if r.see is not None:
+                r.see(part)
+
+        run([r for r in wanted if r.nbytes], work, threads)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         loaded = self.mapped()
