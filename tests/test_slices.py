@@ -20,9 +20,11 @@ from support import REAL, blob, codes, e4m3fn, halved, random_codes, raw, same_b
 from test_reader import MIB, peak_of
 
 from neuron_fp8_loader import load_checkpoint, load_state_dict, plan_checkpoint, rescale_state_dict
+from neuron_fp8_loader.checkpoint import open_checkpoint
 from neuron_fp8_loader.errors import CheckpointError, OptionError, ScaleError, WeightError
+from neuron_fp8_loader.load.regions import Regions
 from neuron_fp8_loader.options import Options
-from neuron_fp8_loader.plan import make_recipe
+from neuron_fp8_loader.plan import ALL, make_recipe
 from neuron_fp8_loader.plan.slices import regions
 from neuron_fp8_loader.tools.scan import scan_checkpoint
 
@@ -102,6 +104,43 @@ def test_any_cut_of_any_weight(pair, data, how):
         scale = whole["m.weight_scale"]
         rows = scale if dim == len(shape) - 1 else scale.narrow(dim, start, stop - start)
         assert same_bytes(part["m.weight_scale"], rows.contiguous())
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("stored", [(3, 1, 20), (3, 20, 1)], ids=["columns", "columns stored as rows"])
+@pytest.mark.parametrize("how", ["keep", "per_channel", "dequantize"])
+def test_stacks_that_lie_in_by_out(tmp_path, dim, stored, how):
+    """Llama 4: [experts, in, out] with one scale an output column, which FBGEMM stores as [experts, out, 1]."""
+    name, scale = "layer.experts.gate_up_proj", torch.rand(stored)
+    weight = random_codes((3, 12, 20), 1)
+    file = save(tmp_path / "model.safetensors", {name: weight, f"{name}_scale": scale})
+    options = {"keep": {}, "per_channel": {"layout": how}, "dequantize": {"dequantize": ["*"]}}[how]
+    start, stop = (1, 2) if dim == 0 else (3, 11)
+    part = load_state_dict(file, slices={name: (dim, start, stop)}, **options)
+    wide = np.broadcast_to(scale.numpy().reshape(3, 1, 20), weight.shape)
+    inside = tuple(slice(start, stop) if d == dim else slice(None) for d in range(3))
+    if how == "dequantize":
+        product = e4m3fn(weight)[inside].astype(np.float32) * wide[inside]
+        assert blob(part[name]) == product.astype(ml_dtypes.bfloat16).tobytes()
+        return
+    assert same_bytes(part[name], halved(cut(weight, dim, start, stop)))
+    got = part[f"{name}_scale"]
+    if how == "per_channel":
+        assert got.shape[1] == 1
+    got = got.numpy().reshape(got.shape[0], 1, -1)
+    np.testing.assert_array_equal(np.broadcast_to(got, part[name].shape), 2 * wide[inside])
+
+
+def test_a_stack_of_square_matrices(tmp_path):
+    """Nobody knows which way [experts, n] lies, unless a layout that says so is asked for."""
+    tensors = {"e.weight": random_codes((3, 16, 16), 1), "e.weight_scale": torch.rand(3, 16)}
+    file = save(tmp_path / "model.safetensors", tensors)
+    whole = load_state_dict(file, slices={})
+    assert all(same_bytes(whole[n], t) for n, t in load_state_dict(file, always=True).items())
+    with pytest.raises(OptionError, match=r"e\.weight \[3, 16, 16\]: which part .*is not known; layout="):
+        load_state_dict(file, slices={"e.weight": (1, 0, 8)})
+    part = load_state_dict(file, slices={"e.weight": (1, 0, 8)}, layout="per_channel")
+    assert torch.equal(part["e.weight_scale"], 2 * tensors["e.weight_scale"][:, :8, None])
 
 
 @given(st.lists(st.integers(1, 9), min_size=0, max_size=5), st.data())
@@ -278,12 +317,12 @@ def test_a_scale_of_several_weights(tmp_path):
         regions(recipe, {"e.w1.weight": (0, 0, 4)})
 
 
-def test_a_weight_that_comes_out_in_another_shape_is_not_cut(mixed):
+def test_weights_that_come_out_in_another_shape_are_refused(mixed):
     recipe = make_recipe(plan_checkpoint(mixed), Options().what)
     fused = replace(recipe.steps["a.weight"], out="fused", shape=(2, 64, 32))
     recipe = replace(recipe, steps={**recipe.steps, "a.weight": fused})
-    with pytest.raises(OptionError, match=r"a\.weight \[64, 32\]: comes out as fused \[2, 64, 32\], which slices"):
-        regions(recipe, {"a.weight": (0, 0, 4)})
+    with pytest.raises(OptionError, match=r"a\.weight \[64, 32\] -> fused \[2, 64, 32\]"):
+        Regions(open_checkpoint(mixed), recipe, ALL, Options())
 
 
 # -- what may be wrong, and where it lies --------------------------------------------------------------------------

@@ -47,27 +47,27 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
         )
     rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
     source, target = weight.detach().reshape(-1, rows, columns), out.view(-1, rows, columns)
-    values = per_matrix(scale_values(scale).float(), granularity, len(source))
+    values = _per_matrix(scale_values(scale).float(), granularity, len(source))
     step = max(1, _TILE // max(1, columns))
     parts = [(k, top, min(top + step, rows)) for k in range(len(source)) for top in range(0, rows, step)]
 
     def work(part: tuple[int, int, int]) -> None:
         matrix, top, bottom = part
-        factor = factors(values[matrix], granularity, top, bottom, columns)
+        factor = _rows(values[matrix], granularity, top, bottom, columns)
         target[matrix, top:bottom] = (source[matrix, top:bottom].float() * factor).bfloat16()
 
     run(parts, work, threads)
     return out
 
 
-def per_matrix(values: torch.Tensor, granularity: Granularity, matrices: int) -> torch.Tensor:
+def _per_matrix(values: torch.Tensor, granularity: Granularity, matrices: int) -> torch.Tensor:
     """Scale values with a leading dimension, one entry a matrix of the weight."""
     if granularity.experts:
         return values.reshape(matrices, *values.shape[1:])
     return values.expand(matrices, *values.shape)
 
 
-def factors(values: torch.Tensor, granularity: Granularity, top: int, bottom: int, columns: int) -> torch.Tensor:
+def _rows(values: torch.Tensor, granularity: Granularity, top: int, bottom: int, columns: int) -> torch.Tensor:
     """The scale of rows ``top`` to ``bottom`` of one matrix, ready to be multiplied by them."""
     if granularity.kind == "tensor":
         return values.reshape(1, 1)

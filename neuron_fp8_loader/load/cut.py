@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, OptionError, listing
+from ..errors import CheckpointError, listing
 from ..options import Options
 from ..plan import Recipe, Verdict
 from ..plan.region import extent
@@ -34,8 +34,7 @@ def load_slices(
         OptionError: cuts that cannot be made.
         CheckpointError, WeightError, ScaleError: as ``load_state_dict``, for what is looked at.
     """
-    if not isinstance(verdict, Verdict):
-        raise OptionError(f"verdict={verdict!r}: expected a Verdict, as scan_checkpoint(path).verdict is, or None")
+    driver = Regions(checkpoint, recipe, verdict, options)
     parts = regions(recipe, slices)
     names = [info.name for info in checkpoint.selected_tensors()]
     torn = recipe.torn(frozenset(names))
@@ -45,7 +44,7 @@ def load_slices(
             f"instead of one shard, {listing('pair', torn)} in different shards"
         )
     wanted = {name: Wanted(parts[name]) for name in names if name in parts}
-    loaded = Regions(checkpoint, recipe, verdict, options).load(wanted)
+    loaded = driver.load(wanted)
     seen, steps = loaded.seen, recipe.steps
     report = make_report(recipe, options, loaded.tensors, seen.counts, verdict, loaded.scales, seen.fidelity)
     report.nbytes = loaded.nbytes

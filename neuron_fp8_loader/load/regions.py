@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import Checkpoint, Range
 from ..codes.scales import check_scale
-from ..errors import ScaleError, listing
+from ..errors import OptionError, ScaleError, listing
 from ..host.memory import allocate, as_bytes, shaped
 from ..options import Options
 from ..plan import Pair, Recipe, Step, Verdict
@@ -60,9 +60,22 @@ class Regions:
         verdict: which weights are translated. It must be the same on all ranks, so it is not measured here:
             ``plan.recipe.ALL``, or one that was found for the whole checkpoint.
         options: ``threads`` and ``progress``; the rest is in the recipe.
+
+    Raises:
+        OptionError: no verdict, or a recipe by which weights come out in another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, verdict: Verdict, options: Options) -> None:
+        if not isinstance(verdict, Verdict):
+            raise OptionError(f"verdict={verdict!r}: expected a Verdict, as scan_checkpoint(path).verdict is, or None")
+        headers = recipe.plan.tensors
+        joined = [s for s in recipe.weights if s.shape != headers[s.name].shape]
+        if joined:
+            names = [f"{s.name} {list(headers[s.name].shape)} -> {s.out} {list(s.shape)}" for s in joined]
+            raise OptionError(
+                f"{recipe.plan.source}: weights that come out in another shape cannot be loaded in parts; leave "
+                f"out the option that shapes {listing('weight', names, limit=3)}"
+            )
         self._source, self._recipe, self._verdict = checkpoint.source, recipe, verdict
         self._threads, self._progress = options.thread_count(), options.progress
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ..checkpoint import Range, TensorInfo
-from ..codes.dequantize import factors, per_matrix, scale_values
+from ..codes.dequantize import _per_matrix, _rows, scale_values
 from ..codes.formats import E4M3FN, HALF
 from ..codes.granularity import TENSOR
 from ..codes.kernel import Counts, translate
@@ -115,7 +115,7 @@ def dequantized(
     rows = rows_of(shape, region)
     width, (first, last) = rows.width, rows.column
     values = torch.ones((), device="cpu") if scale is None else scale_values(scale).float()
-    values = per_matrix(values, covers, len(rows.matrices))
+    values = _per_matrix(values, covers, len(rows.matrices))
     # the scale's part begins with the block that the region begins in
     height_of, width_of = covers.block or (1, 1)
     above, left = rows.row[0] // height_of * height_of, first // width_of * width_of
@@ -127,7 +127,7 @@ def dequantized(
         codes = torch.empty(bottom - top, last - first, dtype=torch.uint8, device="cpu")
         _columns(part, width, codes)
         seen.codes(step.name, translate(codes.view(-1), None, table))
-        factor = factors(values[k], covers, top - above, bottom - above, last - left)
+        factor = _rows(values[k], covers, top - above, bottom - above, last - left)
         if factor.shape[1] > 1:
             factor = factor[:, first - left :]
         made = (codes.view(E4M3FN).float() * factor).to(target.dtype)
