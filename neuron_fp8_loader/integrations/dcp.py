@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ from torch.futures import Future
 from ..checkpoint import open_checkpoint
 from ..codes.dequantize import scale_values
 from ..codes.scales import is_e8m0
-from ..errors import OptionError, listing
+from ..errors import CheckpointError, OptionError, listing
 from ..load.regions import Regions, Wanted
 from ..options import Options
 from ..plan import ALL, Step, Verdict, recipe_for
@@ -88,7 +89,14 @@ class NeuronStorageReader(HuggingFaceStorageReader):
         self._open()
 
     def _open(self) -> None:
-        checkpoint = open_checkpoint(self.path)
+        path = Path(self.path)
+        parts = sorted((path if path.is_dir() else path.parent).glob("shard-*-model-*.safetensors"))
+        if len(parts) > 1:
+            raise CheckpointError(
+                f"{path}: {parts[0].name} and {len(parts) - 1} more are what the ranks of a HuggingFaceStorageWriter "
+                "saved, each its parts of tensors; save with enable_consolidation=True and give the path of the result"
+            )
+        checkpoint = open_checkpoint(path)
         self._recipe = recipe_for(checkpoint, self._options)
         self._names = [info.name for info in checkpoint.selected_tensors()]
         self._regions = Regions(checkpoint, self._recipe, self._verdict, self._options)

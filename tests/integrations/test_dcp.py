@@ -196,6 +196,21 @@ def test_broken_checkpoints_are_refused_where_the_reader_is_made(tmp_path):
         load({"a.weight": torch.zeros(1, 1)}, file)
 
 
+def test_what_ranks_saved_apart(tmp_path, tensors):
+    """One rank's file is a whole; several are parts of tensors, of which none must pass for the whole."""
+    state = {name: tensors[name] for name in ("row.weight", "row.weight_scale")}
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=writer, no_dist=True)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert all(same_bytes(load(empty_like(state), tmp_path)[n], t) for n, t in load_state_dict(file).items())
+    (tmp_path / file.name.replace("shard-00001", "shard-00002")).write_bytes(file.read_bytes())
+    for path in (tmp_path, file):
+        with pytest.raises(CheckpointError, match="enable_consolidation=True"):
+            NeuronStorageReader(path)
+
+
 def test_an_older_torch(monkeypatch):
     name = "neuron_fp8_loader.integrations.dcp"
     monkeypatch.delitem(sys.modules, name)
