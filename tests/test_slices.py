@@ -35,9 +35,9 @@ from test_reader import MIB, peak_of
 from neuron_fp8_loader import kernel, load_checkpoint, load_state_dict, plan_checkpoint, rescale_state_dict
 from neuron_fp8_loader.checkpoint import open_checkpoint
 from neuron_fp8_loader.errors import CheckpointError, OptionError, ScaleError, WeightError
-from neuron_fp8_loader.load.regions import Regions
+from neuron_fp8_loader.load.regions import Regions, Wanted
 from neuron_fp8_loader.options import Options
-from neuron_fp8_loader.plan import ALL, make_recipe
+from neuron_fp8_loader.plan import ALL, make_recipe, recipe_for
 from neuron_fp8_loader.plan.slices import regions
 from neuron_fp8_loader.tools.scan import scan_checkpoint
 
@@ -117,6 +117,40 @@ def test_any_cut_of_any_weight(pair, data, how):
         scale = whole["m.weight_scale"]
         rows = scale if dim == len(shape) - 1 else scale.narrow(dim, start, stop - start)
         assert same_bytes(part["m.weight_scale"], rows.contiguous())
+
+
+def boxes(shape: tuple[int, ...]) -> st.SearchStrategy:
+    """Bounds in every dimension of a shape; none empty."""
+    ends = [st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True).map(sorted).map(tuple) for n in shape]
+    return st.tuples(*ends)
+
+
+@given(st.sampled_from(["keep", "per_channel", "dequantize", "floats"]), st.booleans(), st.data())
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_box_of_a_weight_and_any_other_of_its_scale(how, stacked, data):
+    """As torch.distributed.checkpoint asks: bounds in all dimensions at once, the scale apart from its weight."""
+    shape = (3, 40, 50) if stacked else (40, 50)
+    grid = (*shape[:-2], -(-40 // BLOCK), -(-50 // BLOCK))
+    tensors = {"m.weight": random_codes(shape, 1), "m.weight_scale_inv": block_scale(2, grid)}
+    options = {"per_channel": {"layout": how}, "dequantize": {"dequantize": ["m"]}}.get(how, {})
+    with tempfile.TemporaryDirectory() as temporary:
+        file = save(Path(temporary) / "model.safetensors", tensors)
+        (Path(temporary) / "config.json").write_text(
+            '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}'
+        )
+        whole = load_state_dict(file, always=True, **(options if how != "floats" else {"dequantize": ["m"]}))
+        checkpoint = open_checkpoint(file)
+        recipe = recipe_for(checkpoint, Options(**options))
+        dtype = torch.bfloat16 if how == "floats" else None
+        wanted = {name: Wanted(data.draw(boxes(whole[name].shape)), dtype) for name in whole}
+        wanted = data.draw(st.sampled_from([wanted, *({name: w} for name, w in wanted.items())]))
+        loaded = Regions(checkpoint, recipe, ALL, Options(threads=2)).load(wanted)
+    assert list(loaded.tensors) == list(wanted)
+    for name, w in wanted.items():
+        expected = whole[name]
+        for dim, bounds in enumerate(w.region):
+            expected = cut(expected, dim, *bounds)
+        assert same_bytes(loaded.tensors[name], expected), name
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
