@@ -24,6 +24,7 @@ KERNEL_PATH = (
     "test_rescale.py",
     "test_safe_open.py",
     "test_sharing.py",
+    "test_slices.py",
     "test_traps.py",
     "cli/test_cli_verify.py",
 )

@@ -4,6 +4,7 @@ from .bin import load_bin
 from .files import Checkpoint, open_checkpoint
 from .given import existing, existing_file
 from .info import TensorInfo, describe
+from .ranges import Range
 from .reader import Decision, WeightJob
 from .regular import check_unchanged
 from .source import Fill, Source
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "Decision",
     "Fill",
+    "Range",
     "Source",
     "TensorInfo",
     "WeightJob",

@@ -17,6 +17,7 @@ from ..host.parallel import pieces, run
 from . import reader
 from .bin import load_bin
 from .info import TensorInfo
+from .ranges import Range, read_ranges
 from .reader import WeightJob
 from .regular import Opened, Stamp, fill
 
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
         """Call ``see(name, piece)`` with every piece of every tensor, uint8, valid until ``see`` returns."""
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        """Read parts of tensors, each to where it says; ``Range`` has what else there is to know."""
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         """Does any of these weights hold a code that does not fit? Reads no further than the first one."""
@@ -67,6 +71,9 @@ class SafetensorsSource:
 
     def visit(self, infos: Sequence[TensorInfo], see: See, threads: int, show_progress: bool | None = False) -> None:
         reader.visit(infos, self._stamps, see, threads, show_progress)
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        read_ranges(ranges, self._stamps, threads, show_progress)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         return reader.find_overflow(infos, self._stamps, table)
@@ -140,6 +147,19 @@ class BinSource:
             out.copy_(flat[info.name][start : start + out.numel()])
 
         yield fill_from
+
+    def read_ranges(self, ranges: Iterable[Range], threads: int, show_progress: bool | None = False) -> None:
+        wanted = list(ranges)
+        loaded = self._tensors({r.info.name: r.info for r in wanted}.values())
+        flat = {name: as_bytes(tensor.contiguous()) for name, tensor in loaded.items()}
+
+        def work(r: Range) -> None:
+            part = flat[r.info.name][r.start : r.end]
+            part = part.clone() if r.into is None else r.into.copy_(part)
+            if r.see is not None:
+                r.see(part)
+
+        run([r for r in wanted if r.nbytes], work, threads)
 
     def find_overflow(self, infos: Iterable[TensorInfo], table: Table) -> bool:
         found = self._tensors(infos).values()

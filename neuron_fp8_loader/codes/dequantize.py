@@ -142,7 +142,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
         )
     rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
     source, target = weight.detach().reshape(-1, rows, columns), out.view(-1, rows, columns)
-    height, width = _block(granularity, rows, columns, scale)
+    height, width = block_of(granularity, rows, columns, scale)
     grid = (-1, math.ceil(rows / height), math.ceil(columns / width))
     values = mapped(torch.Tensor.float, scale_values(scale), torch.float32).reshape(grid)
     values = values.expand(len(source), *grid[1:])
@@ -166,7 +166,7 @@ def values(weight: torch.Tensor) -> torch.Tensor:
     return mapped(torch.Tensor.bfloat16, weight.detach(), torch.bfloat16)
 
 
-def _block(granularity: Granularity, rows: int, columns: int, scale: torch.Tensor) -> tuple[int, int]:
+def block_of(granularity: Granularity, rows: int, columns: int, scale: torch.Tensor) -> tuple[int, int]:
     """What one scale value covers of a matrix, no larger than the matrix: a size from a file sizes nothing here."""
     if granularity.kind == "tensor":
         return rows, columns

@@ -19,9 +19,11 @@ from ..errors import CheckpointError, listing, printable
 from ..host.cache import cached, keep
 from ..host.memory import check_mode, needing
 from ..options import Options
-from ..plan import Plan, Recipe, Verdict, recipe_for
+from ..plan import ALL, Plan, Recipe, Verdict, recipe_for
+from ..plan.slices import Slices
 from .arguments import check_backend, checked_device
 from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_scales
+from .cut import load_slices
 from .finish import finished
 from .fused import FusedTensors
 from .layout import check_layout, prepare_layout
@@ -54,11 +56,25 @@ class LoadedCheckpoint:
     metadata: dict[str, str]
 
 
-def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: str | os.PathLike[str],
+    *,
+    slices: Slices | None = None,
+    verdict: Verdict | None = None,
+    **options: Unpack[OptionKeywords],
+) -> dict[str, torch.Tensor]:
     """Load an FP8 checkpoint Neuron-ready: every e4m3fn weight fits +-240 and its scale makes up for it.
 
     Args:
         path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        slices: the part of each tensor that this process needs; only these bytes are read and kept (columns by whole
+            rows, through a small buffer). A mapping, tensor name or shell pattern -> (dim, start, stop), or a function
+            (name, shape) -> (dim, start, stop); None leaves a tensor whole. The scale of an FP8 weight is cut with
+            its weight. Each part has the bytes that it has in ``load_state_dict(path, always=True)``.
+        verdict: which weights are rescaled. A rank that reads a part cannot tell whether the whole weight fits, and
+            all ranks must agree: by default every weight that has a scale is, as with ``always=True``. For the bytes
+            of a load without ``always``, give all ranks the ``verdict`` of one ``tools.scan.scan_checkpoint(path)``
+            of the whole checkpoint, with the same options (it can be pickled and sent).
         **options: see ``Options``.
 
     Returns:
@@ -67,8 +83,10 @@ def load_state_dict(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
 
     Raises:
         Fp8LoaderError: the checkpoint is damaged, ambiguous, or cannot be made safe for a Neuron device.
+        OptionError: slices that cannot be made, with the names and shapes of their tensors: out of range, empty, of no
+            tensor, or through a block of scales (``layout="per_channel"`` and ``dequantize`` take those).
     """
-    return load_checkpoint(path, **options).state_dict
+    return load_checkpoint(path, slices=slices, verdict=verdict, **options).state_dict
 
 
 def load_file(
@@ -98,7 +116,13 @@ def load_file(
     return {name: t.to(target) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
-def load_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> LoadedCheckpoint:
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    slices: Slices | None = None,
+    verdict: Verdict | None = None,
+    **options: Unpack[OptionKeywords],
+) -> LoadedCheckpoint:
     """``load_state_dict``, with the plan and a report of what was done. Same arguments and errors."""
     begin = time.perf_counter()
     chosen = Options.of(options)
@@ -109,7 +133,10 @@ def load_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywor
     plan = recipe.plan
     for warning in plan.warnings:
         log.warning("%s: %s", printable(plan.source), warning)
-    state_dict, report = load_by(checkpoint, recipe, chosen)
+    if slices is None and verdict is None:
+        state_dict, report = load_by(checkpoint, recipe, chosen)
+    else:
+        state_dict, report = load_slices(checkpoint, recipe, chosen, slices or {}, ALL if verdict is None else verdict)
     report.seconds = time.perf_counter() - begin
     log.info("%s: %s", printable(plan.source), report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
