@@ -1,6 +1,6 @@
 """fork after a load: the child may use torch's own threads, so nothing in a load may have started them.
 
-Shown for the native kernel, if there is one. Tensors that are views with gaps, changed in place, are not covered."""
+Tensors that are views with gaps, changed in place, are not covered."""
 
 from __future__ import annotations
 
@@ -63,8 +63,6 @@ if not child_hangs():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_may_use_torchs_threads(tmp_path: Path) -> None:
-    if kernel.active == "torch":
-        pytest.skip("without the native kernel, block -> row still starts torch's threads")
     generator = torch.Generator().manual_seed(0)
 
     def codes(*shape: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..host.grain import GRAIN
+from ..host.grain import GRAIN, entries
 from . import kernel
 from .requantize_torch import choose, largest_codes, look_up
 
@@ -121,7 +121,7 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
     for part, weight in zip(fractions.float().split(_AT_ONCE, 1), energy.split(_AT_ONCE, 1), strict=True):
         ratio = part[:, None, :] / candidates.float()[:, :, None]  # [block rows, candidates, block columns]
         ratio = torch.where(ratio < 1, ratio * 2, ratio)
-        error = _rounding_errors()[((ratio - 1) * _STEPS).int().clamp(0, _STEPS - 1)]
+        error = entries(_rounding_errors(), ((ratio - 1) * _STEPS).int().clamp(0, _STEPS - 1))
         # float64: the order of a sum must not decide between two candidates
         cost += (error.double() * weight[:, None, :]).sum(dim=2)
     return candidates.gather(1, cost.argmin(dim=1, keepdim=True)).squeeze(1)
