@@ -15,8 +15,6 @@ import safetensors.torch
 import torch
 from support import ROOT
 
-from neuron_fp8_loader import kernel
-
 SCRIPT = """
 import os, signal, sys, time
 import safetensors.torch, torch
