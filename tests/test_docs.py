@@ -56,3 +56,9 @@ def test_every_error_that_is_explained_is_one_of_ours() -> None:
             ".*".join(map(re.escape, phrase.replace("2 candidates", "... candidates").split("..."))), re.S
         )
         assert any(pattern.search(text) for text in texts), phrase
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|docs|benchmarks|examples|neuron_fp8_loader)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
