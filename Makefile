@@ -36,13 +36,16 @@ install: $(VENV)/.package
 demo: $(VENV)/.package
 	@$(BIN)/python examples/demo.py
 
-# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last
+# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last;
+# the slower paths before it, side by side
 test: $(VENV)/.test
-	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; \
+	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; running=; \
 	for path in "$$@"; do \
 		echo "== kernel path $$path, the tests that depend on it"; \
-		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path || exit 1; \
+		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path & running="$$running $$!"; \
 	done; \
+	for child in $$running; do wait $$child || failed=1; done; \
+	[ -z "$$failed" ] || exit 1; \
 	echo "== kernel path $$fastest, all tests"; \
 	NEURON_FP8_LOADER_KERNEL=$$fastest $(BIN)/python -m pytest
 

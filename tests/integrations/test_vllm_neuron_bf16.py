@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_a_model_from_config_to_parameters(
     plugin: Plugin, monkeypatch: pytest.MonkeyPatch, name: str, by: str, platform: str
 ) -> None:
     """The one flag through vLLM's gates, on both platforms; the graph is the plain bfloat16 one."""
+    if json.loads((shared(name) / "config.json").read_text())["num_attention_heads"] % 2:
+        pytest.skip("this one, cut, has an odd number of heads")
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", platform)
     if by == "environment":
         monkeypatch.setenv(ENV, "1")

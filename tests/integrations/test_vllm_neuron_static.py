@@ -84,7 +84,10 @@ def check_layer(layer: Any, before: dict[str, torch.Tensor], at: str, rank: int,
 @pytest.mark.parametrize("name", STATIC)
 def test_real_checkpoints(plugin: Plugin, name: str, tp: int) -> None:
     path = shared(name)
-    before, heads = tensors_of(path), json.loads((path / "config.json").read_text())["num_key_value_heads"]
+    config = json.loads((path / "config.json").read_text())
+    before, heads = tensors_of(path), config["num_key_value_heads"]
+    if config["num_attention_heads"] % tp:
+        pytest.skip(f"this one, cut, has {config['num_attention_heads']} heads")
     for rank in range(tp):
         model = plugin.load(path, quantization="neuron_fp8", rank=rank, tp=tp, cache_dtype="fp8")
         for number, layer in enumerate(model.model.layers):
