@@ -283,10 +283,11 @@ def _bytes_between(views: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _translate_all(jobs: Iterable[tuple[torch.Tensor, torch.Tensor]], table: Table, threads: int) -> None:
-    parts = [(src[a:b], dst[a:b]) for src, dst in jobs for a, b in pieces(src.numel())]
+    parts = [(src, dst, a, b) for src, dst in jobs for a, b in pieces(src.numel())]
 
-    def work(part: tuple[torch.Tensor, torch.Tensor]) -> None:
-        translate(*part, table)
+    def work(part: tuple[torch.Tensor, torch.Tensor, int, int]) -> None:
+        src, dst, start, end = part
+        translate(src[start:end], dst[start:end], table)
 
     run(parts, work, threads)
 
