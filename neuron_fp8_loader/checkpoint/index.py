@@ -40,7 +40,7 @@ class Index:
         return remembered("weight map", self.path, self.stamp, lambda: _read(self.path), lambda m: _BYTES * len(m))
 
     def _listed(self) -> tuple[Path, ...]:
-        files = tuple(sorted({self.path.parent / name for name in self.weight_map.values()}))
+        files = tuple(sorted(self.path.parent / name for name in set(self.weight_map.values())))
         if not files:
             raise CheckpointError(f"{self.path}: lists no tensors")
         if len({file.suffix for file in files}) > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,22 +176,11 @@ def find_plan(path: Any) -> Plan | None:
     files = [f for f in files if where.is_file() or f.name.endswith((".safetensors", ".bin", ".index.json"))]
     if not files:
         return None
-    stamps = tuple((f.name, *_stamp(f)) for f in files)
-    return _plan(str(where), stamps)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=8)
-def _plan(path: str, stamps: tuple[tuple[str, int, int], ...]) -> Plan:
-    where = Path(path)
     if where.is_file() and where.suffix not in (".safetensors", ".bin"):  # `torch.save`d by NxD Inference itself
-        loaded = load_bin(where, device="meta")
         import torch
 
-        tensors = {n: describe(n, t, where) for n, t in loaded.items() if isinstance(t, torch.Tensor)}
-        return make_plan(tensors, path)
+        loaded = load_bin(where, device="meta")
+        return make_plan(
+            {n: describe(n, t, where) for n, t in loaded.items() if isinstance(t, torch.Tensor)}, str(where)
+        )
     return plan_checkpoint(where)
