@@ -26,7 +26,7 @@ class Range:
         info: the tensor.
         start, end: from the beginning of its data.
         into: uint8 [end - start], contiguous, where the bytes are wanted; None: anywhere.
-        see: called with the bytes, ``into`` or memory that is good during the call and may be written to. Several
+        see: called with the bytes: ``into``, or memory that may be written to and is used again afterwards. Several
             threads call at once, in no order. None: nothing is left to do.
     """
 

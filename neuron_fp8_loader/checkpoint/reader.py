@@ -156,7 +156,7 @@ def visit(
     Args:
         infos, stamps: which tensors, and what their files were.
         see: called as ``see(name, piece)``, by several threads at once and in no order, with every piece of every
-            tensor: uint8 [at most PIECE], good during the call only.
+            tensor: uint8 [at most PIECE]; it is overwritten when the call returns.
         threads, show_progress: as ``read``.
 
     Raises:

@@ -49,7 +49,10 @@ class Convention:
         >>> Convention("mine", "{}.w_fp8", "{}.w_fp8_mult").module_of("layers.0.mlp.w_fp8")
         'layers.0.mlp'
         """
-        return rename(self.weight, "{}", weight)
+        head, tail = self.ends[:2]
+        if not weight.endswith(tail) or not weight.startswith(head):
+            return None
+        return weight[len(head) : len(weight) - len(tail)] or None
 
     def scale_of(self, weight: str) -> str | None:
         """The name that the scale of ``weight`` would have, or None where the rule is not about it."""

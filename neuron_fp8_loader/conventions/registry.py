@@ -22,6 +22,15 @@ class _Registry(tuple[Convention, ...]):
         """Ends of weights' names, the longest first; not the empty one of fused experts."""
         return tuple(sorted({rule.ends[1] for rule in self} - {""}, key=lambda tail: (-len(tail), tail)))
 
+    @cached_property
+    def by_weight(self) -> tuple[tuple[str, str, tuple[tuple[int, str, str, Convention], ...]], ...]:
+        """(head, tail) of weights' names, and the rules that know weights by them: (place, before, after, rule) each."""
+        found: dict[tuple[str, str], list[tuple[int, str, str, Convention]]] = {}
+        for place, rule in enumerate(self):
+            head, tail, before, after = rule.ends
+            found.setdefault((head, tail), []).append((place, before, after, rule))
+        return tuple((head, tail, tuple(rules)) for (head, tail), rules in found.items())
+
 
 _registry = _Registry(PUBLISHED)
 
@@ -86,14 +95,18 @@ def unregister(name: str) -> None:
 
 def candidates(weight: str, names: Container[str]) -> list[tuple[Convention, str]]:
     """The rules whose scale for ``weight`` is among ``names``, one a scale, beaten ones left out."""
-    found: dict[str, Convention] = {}
-    for rule in _registry:  # spelt out: this runs for every FP8 weight, of which there may be 50,000
-        head, tail, before, after = rule.ends
+    matching: list[tuple[int, str, Convention]] = []
+    for head, tail, rules in _registry.by_weight:  # spelt out: this runs for every FP8 weight, perhaps 50,000 times
         if weight.endswith(tail) and weight.startswith(head):
             prefix = weight[len(head) : len(weight) - len(tail)]
-            if prefix and (scale := before + prefix + after) in names:
-                found.setdefault(scale, rule)
-    if len(found) > 1:
-        beaten = {name for rule in found.values() for name in rule.beats}
-        return [(rule, scale) for scale, rule in found.items() if rule.name not in beaten]
-    return [(rule, scale) for scale, rule in found.items()]
+            if prefix:
+                matching += [
+                    (place, scale, rule)
+                    for place, before, after, rule in rules
+                    if (scale := before + prefix + after) in names
+                ]
+    found: dict[str, Convention] = {}
+    for _, scale, rule in sorted(matching, key=lambda match: match[0]) if len(matching) > 1 else matching:
+        found.setdefault(scale, rule)
+    beaten = {name for rule in found.values() for name in rule.beats} if len(found) > 1 else ()
+    return [(rule, scale) for scale, rule in found.items() if rule.name not in beaten]
