@@ -24,7 +24,7 @@ class _Registry(tuple[Convention, ...]):
 
     @cached_property
     def by_weight(self) -> tuple[tuple[str, str, tuple[tuple[int, str, str, Convention], ...]], ...]:
-        """(head, tail) of weights' names, and the rules that know weights by them: (place, before, after, rule) each."""
+        """(head, tail) of weights' names, and the rules that know weights by them: (place, before, after, rule)."""
         found: dict[tuple[str, str], list[tuple[int, str, str, Convention]]] = {}
         for place, rule in enumerate(self):
             head, tail, before, after = rule.ends
