@@ -30,6 +30,7 @@ PHASES = (
     "recipe: scales by rows",
     "names for NxD's layers",
     "summary",
+    "the same for each shard, one by one",
 )
 HIDDEN, MLP = 7168, 2048
 SHAPES = {
@@ -116,6 +117,10 @@ def run(directory: Path, tensors: int, pairs: int) -> list[float]:
     marks.append(time.perf_counter())
     plan.summary()
     marks.append(time.perf_counter())
+    for file in checkpoint.files:  # what `load_file` does beside its reads
+        shard = open_checkpoint(file)
+        recipe_for(shard, What()).within(info.name for info in shard.selected_tensors())
+    marks.append(time.perf_counter())
     wrong = [p for p in plan.pairs if p.scale != p.weight + "_scale_inv"]
     wrong += [
         p for p in plan.pairs if recipe.steps[p.weight].action != "requantize" or f"{p.module}.scale" not in named
@@ -146,6 +151,7 @@ def main(tensors: int, shards: int, repeats: int, out: Path) -> None:
             directory = Path(temporary) / f"run{number}"
             directory.mkdir()
             pairs = make(directory, tensors, shards, f"model{number}")
+            time.sleep(2.5)  # younger files are looked at again at every turn, for they may still change
             runs.append(run(directory, tensors, pairs))
     totals = [sum(phases) for phases in runs]
     middle = statistics.median(totals)
