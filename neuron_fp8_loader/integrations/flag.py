@@ -49,6 +49,11 @@ def parse(value: Any) -> dict[str, Any] | None:
         Options.of(value)
     except (OptionError, TypeError) as error:
         raise OptionError(f"{FLAG}={dict(value)!r}: {error}") from error
+    if value.get("experts") == "fused":
+        raise OptionError(
+            f'{FLAG}={dict(value)!r}: experts="fused" is for apps of one\'s own; a model of NxD Inference stacks its '
+            "experts itself, and their scales follow. Leave it out"
+        )
     return dict(value)
 
 

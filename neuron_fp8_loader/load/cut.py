@@ -50,7 +50,6 @@ def load_slices(
     report.nbytes = loaded.nbytes
     report.weights = [replace(w, numel=torch.Size(extent(parts[w.name])).numel()) for w in report.weights]
     out: dict[str, Any] = {steps[name].out: tensor for name, tensor in loaded.tensors.items()}
-    if checkpoint.is_bin:  # what is no tensor comes as it is
-        mapped = checkpoint.source.mapped() or {}
-        out |= {name: value for name, value in mapped.items() if name not in recipe.plan.tensors}
+    mapped = checkpoint.source.mapped() or {}  # there, what is no tensor comes as it is
+    out |= {name: value for name, value in mapped.items() if name not in recipe.plan.tensors}
     return out, report

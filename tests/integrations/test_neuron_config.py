@@ -19,7 +19,19 @@ from tests.integrations.checkpoints import state_dict, write
 from tests.integrations.conftest import Standin
 
 GOOD = [True, False, None, "half", "ratio", {}, {"method": "ratio", "threads": 2}, {"activation_scales": "keep"}]
-BAD = ["true", "double", 1, 0, 0.5, [], ["half"], {"methd": "half"}, {"method": "third"}, {"threads": 0}]
+BAD = [
+    "true",
+    "double",
+    1,
+    0,
+    0.5,
+    [],
+    ["half"],
+    {"methd": "half"},
+    {"method": "third"},
+    {"threads": 0},
+    {"experts": "fused"},
+]
 
 
 def settings(path: str, **more: Any) -> dict[str, Any]:
