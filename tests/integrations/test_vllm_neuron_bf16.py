@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import torch
 
-from neuron_fp8_loader import PlanError, WeightError, plan_checkpoint
+from neuron_fp8_loader import OptionError, PlanError, WeightError, plan_checkpoint
 from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV
 from neuron_fp8_loader.plan import Plan
 from tests.integrations.vllm_neuron_standin import Hub, Plugin
-from tests.oracle import bf16_bits, bf16_reference, granularity_of
+from tests.oracle import bf16_bits, bf16_reference, expanded, granularity_of, to_bf16
 from tests.support import REAL, halved, random_codes, same_bytes, save, save_shards, shared
 
 BF16 = torch.bfloat16
@@ -213,6 +214,31 @@ def test_layers_that_take_fp8_by_rows(plugin: Plugin, tmp_path: Path, monkeypatc
         result = plugin.read(tmp_path, {**parameters, name: (dtype, how, "a.weight")}).state_dict
         assert same_bytes(result[name].view(torch.float8_e4m3fn), halved(weight))
         assert torch.equal(result["s"], 2 * scale)
+
+
+@pytest.mark.parametrize("shape", [(), (64, 1), (2, 3)], ids=["tensor", "row", "block"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e5m2"])
+def test_other_fp8_formats(
+    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """By their own values (ml_dtypes), times the scale; static FP8 layers, which are for e4m3fn, do not get them."""
+    weight = random_codes((64, 96), top=0x7B, dtype=getattr(torch, dtype))
+    weight.view(torch.uint8)[weight.view(torch.uint8) == 0x80] = 0  # NaN in one of them
+    scale = torch.from_numpy(np.asarray(np.random.default_rng(1).uniform(0.01, 1, shape), dtype=np.float32))
+    save(tmp_path / "model.safetensors", {"a.weight": weight, "a.weight_scale": scale})
+    blocks = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": blocks} if shape == (2, 3) else {}))
+    monkeypatch.setenv(ENV, "1")
+    plugin.module("vllm.plugins").load_general_plugins()
+    wide = expanded(scale.double().numpy(), (64, 96), {(): "tensor", (64, 1): "row"}.get(shape, "block 32x32"))
+    assert wide is not None
+    want = to_bf16(weight.view(torch.uint8).numpy().view(getattr(ml_dtypes, dtype)).astype(np.float64) * wide)
+    loader = plugin.module("vllm_neuron.utils.weight_loader").sharding_weight_loader(1, 48, 2)
+    result = plugin.read(tmp_path, {"a": (BF16, loader, "a.weight")}, tp=2, rank=1)
+    np.testing.assert_array_equal(bf16_bits(result.state_dict["a"]), want[:, 48:])
+    assert result.unexpected_keys == []
+    with pytest.raises(OptionError, match=rf"a\.weight: is {dtype}.*dequantize"):
+        plugin.read(tmp_path, {"a": (torch.float8_e4m3fn, loader, "a.weight")}, tp=2)
 
 
 def test_what_cannot_be_read_is_an_error(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
