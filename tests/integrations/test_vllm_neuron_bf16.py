@@ -44,12 +44,17 @@ def test_real_checkpoints(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, name:
     """Column- and row-parallel, stored transposed, padded, and q, k and v in one, through the plugin's own loaders."""
     monkeypatch.setenv(ENV, "1")
     plugin.module("vllm.plugins").load_general_plugins()
-    loaders = plugin.module("vllm_neuron.utils.weight_loader")
     plan = plan_checkpoint(shared(name))
     whole = references(plan)
+    assert bool(whole) == (name not in ("ct_int8_w8a8", "ct_nvfp4"))
+    for rank in {tp // 2, tp - 1}:  # one inside, and the one that is padded
+        check_rank(plugin, plan, whole, tp, rank)
+
+
+def check_rank(plugin: Plugin, plan: Plan, whole: dict[str, np.ndarray], tp: int, rank: int) -> None:
+    loaders = plugin.module("vllm_neuron.utils.weight_loader")
     parameters: dict[str, Any] = {}
     expected: dict[str, np.ndarray] = {}
-    rank = tp - 1  # the one that is padded
     for number, (weight, value) in enumerate(whole.items()):
         for dim in (value.ndim - 2, value.ndim - 1):
             size = -(-value.shape[dim] // tp // 32) * 32 + 32 * (number % 2)
@@ -72,7 +77,7 @@ def test_real_checkpoints(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, name:
             parameters[f"{number}_qkv"] = (BF16, loader, keys)
             parts = [sharded(whole[key], 0, size, rank).T for key, size in zip(keys, sizes, strict=True)]
             expected[f"{number}_qkv"] = np.pad(np.concatenate(parts, axis=1), ((0, 64), (0, 0)))
-    result = plugin.read(shared(name), parameters, tp=tp, rank=rank)
+    result = plugin.read(plan.source, parameters, tp=tp, rank=rank)
     for parameter, value in expected.items():
         np.testing.assert_array_equal(bf16_bits(result.state_dict[parameter]), value, err_msg=parameter)
     assert not {p.scale for p in plan.pairs} & set(result.unexpected_keys)
@@ -214,6 +219,42 @@ def test_layers_that_take_fp8_by_rows(plugin: Plugin, tmp_path: Path, monkeypatc
         result = plugin.read(tmp_path, {**parameters, name: (dtype, how, "a.weight")}).state_dict
         assert same_bytes(result[name].view(torch.float8_e4m3fn), halved(weight))
         assert torch.equal(result["s"], 2 * scale)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("shape", "grid", "dtype", "block"),
+    [
+        ((257, 401), (3, 4), torch.float32, 128),
+        ((257, 401), (3, 4), torch.float8_e8m0fnu, 128),
+        ((257, 401), (9, 13), torch.bfloat16, 32),
+        ((257, 401), (257, 13), torch.float8_e8m0fnu, None),
+        ((3, 200, 300), (3, 2, 3), torch.float32, 128),
+        ((3, 200, 300), (3, 200, 1), torch.float32, None),
+        ((3, 200, 300), (3,), torch.float32, None),
+        ((257, 401), (), torch.bfloat16, None),
+    ],
+    ids=str,
+)
+def test_ragged_blocks_and_stacked_experts(
+    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], grid: tuple[int, ...],
+    dtype: torch.dtype, block: int | None, tp: int,
+) -> None:  # fmt: skip
+    """No size divides another: ranks begin inside blocks, and the last one is padded."""
+    rng = np.random.default_rng(0)
+    drawn = torch.from_numpy(np.asarray(2.0 ** rng.uniform(-9, 0, grid), dtype=np.float32))
+    scale = (
+        torch.from_numpy(rng.integers(110, 127, grid, dtype=np.uint8)).view(dtype) if dtype.itemsize == 1 else drawn
+    )
+    save(tmp_path / "model.safetensors", {"a.weight": random_codes(shape), "a.weight_scale": scale.to(dtype)})
+    config = {"quant_method": "fp8", "weight_block_size": [block, block]} if block else {}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
+    monkeypatch.setenv(ENV, "1")
+    plugin.module("vllm.plugins").load_general_plugins()
+    plan = plan_checkpoint(tmp_path)
+    whole = references(plan)
+    for rank in range(tp):
+        check_rank(plugin, plan, whole, tp, rank)
 
 
 @pytest.mark.parametrize("shape", [(), (64, 1), (2, 3)], ids=["tensor", "row", "block"])
