@@ -15,6 +15,7 @@ from oracle import bf16_bits, bf16_reference, granularity_of, to_bf16
 from support import REAL, codes, e4m3fn, random_codes, save, shared
 
 from neuron_fp8_loader import PlanError, ScaleError, WeightError, plan_checkpoint
+from neuron_fp8_loader.codes.dequantize import dequantize_into
 from neuron_fp8_loader.load.bf16 import read_bfloat16, unscaled_bfloat16
 from neuron_fp8_loader.load.index import selectors
 from neuron_fp8_loader.plan import Plan
@@ -180,3 +181,83 @@ def test_indices_that_are_none() -> None:
     for index in (3, -4, [0, 3], (0, 0, 0), (..., ...), slice(None, None, -1)):
         with pytest.raises(IndexError):
             selectors(index, (3, 3))
+
+
+class Watched:
+    """A lazy tensor that takes down which rows were read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.rows = tensor, list[int]()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part = index[-2] if len(index) > 1 else index[0]
+        self.rows += range(*part.indices(self.tensor.shape[-2]))
+        return self.tensor[index]
+
+
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        ([0, 256, 3], [0, 256, 3]),
+        ([5, 6, 7, 5, 130, 131], [5, 6, 7, 5, 130, 131]),
+        (-1, [256]),
+        (slice(20, 90, 60), [*range(20, 81)]),
+    ],
+)
+def test_only_what_is_asked_for_is_read(tmp_path: Path, rows: Any, read: list[int]) -> None:
+    opened = Opened(tmp_path, random_codes((257, 401)), some_scale((3, 4)))
+    whole = bf16_reference(opened.weight, opened.scale, "block 128x128")
+    watched = Watched(opened.weight)
+    got = read_bfloat16(opened.plan, opened.pair, watched, opened.scale, (rows, slice(100, 301)))
+    np.testing.assert_array_equal(bf16_bits(got), whole[rows, 100:301])
+    assert watched.rows == read
+
+
+@pytest.mark.parametrize(
+    "index", [(slice(None), slice(None, None, 2)), (slice(None), [4000, 0]), slice(None, None, 16)]
+)
+def test_what_lies_apart_takes_little_memory(tmp_path: Path, index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the result, a few rows: 32767 values at most."""
+    from neuron_fp8_loader.load import index as module
+
+    opened = Opened(tmp_path, random_codes((512, 4001)), some_scale((512, 1)))
+    taken: list[int] = []
+    fresh = module.allocate
+    monkeypatch.setattr(module, "allocate", lambda nbytes: taken.append(nbytes) or fresh(nbytes))
+    got = opened[index]
+    whole = bf16_reference(opened.weight, opened.scale, "row")
+    np.testing.assert_array_equal(bf16_bits(got), whole[index])
+    assert taken[0] == 2 * got.numel()
+    assert max(taken[1:]) < 1 << 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [0.7, 2.0**-126, 3e-40])
+def test_other_fp8_dtypes_by_their_own_values(dtype: torch.dtype, scale: float) -> None:
+    """All codes, by ml_dtypes; and what is not finite is seen."""
+    raw = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    exact = raw.numpy().view(getattr(ml_dtypes, str(dtype).removeprefix("torch."))).astype(np.float64)
+    factor = torch.tensor([[scale]], dtype=torch.float32)
+    out = torch.empty(8, 32, dtype=torch.bfloat16)
+    assert dequantize_into(out, raw.view(dtype), factor, (8, 32), (0, 0))
+    fine = np.isfinite(exact)
+    np.testing.assert_array_equal(bf16_bits(out)[fine], to_bf16(exact * factor.double().item())[fine])
+    assert not out[torch.from_numpy(~fine)].isfinite().any()
+    assert not dequantize_into(out[:1], raw[:1].view(dtype), factor, (8, 32), (0, 0))
+
+
+def test_powers_of_two_side_by_side() -> None:
+    """Neighbouring scales of one significand share a table; zero, NaN, and ends of groups shorter than a vector."""
+    rng = np.random.default_rng(3)
+    raw = torch.from_numpy(rng.integers(0, 256, (4, 300), dtype=np.uint8))
+    raw[0, :64:5] = 0
+    raw[0, 1:64:5] = 0x80
+    for significand in (1.0, -1.3):
+        scale = torch.from_numpy((significand * 2.0 ** rng.integers(-120, 110, (4, 24))).astype(np.float32))
+        out = torch.empty(4, 300, dtype=torch.bfloat16)
+        assert dequantize_into(out, raw, scale, (1, 13), (0, 5))
+        wide = scale.double().repeat_interleave(13, 1)[:, 5:305].numpy()
+        exact = e4m3fn(raw).reshape(4, 300) * wide
+        fine = ~np.isnan(exact)
+        np.testing.assert_array_equal(bf16_bits(out)[fine], to_bf16(exact)[fine])
+        assert out[torch.from_numpy(~fine)].isnan().all()

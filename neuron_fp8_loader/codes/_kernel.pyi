@@ -55,7 +55,7 @@ def dequantize(
     scales: int,
     scales_size: int,
     /,
-) -> None: ...
+) -> bool: ...
 def place(
     path: str,
     src: int,

@@ -19,6 +19,9 @@ from .formats import E4M3FN
 from .granularity import TENSOR, Granularity
 from .scales import is_e8m0
 
+OTHERS = (torch.float8_e4m3fnuz, torch.float8_e5m2)
+"""FP8 dtypes that are read as bfloat16, value by value, and have no kernel."""
+
 _TILE = 1 << 20  # weights at a time
 
 
@@ -49,7 +52,7 @@ def dequantize_slice(
 
     Args:
         codes: float8_e4m3fn (or uint8, its bytes) [rows, columns] on the CPU: the rectangle. Rows may be apart, but
-            the codes of a row lie side by side.
+            the codes of a row lie side by side. float8_e4m3fnuz and float8_e5m2, too, which no native kernel does.
         scale: float32 [ceil((offset[0] + rows) / block[0]), ceil((offset[1] + columns) / block[1])]: the scales of
             the blocks that the rectangle touches, and no others. Any float32 is taken as it is.
         block: (rows, columns) of a block, from 1 up.
@@ -64,7 +67,17 @@ def dequantize_slice(
         ScaleError: ``scale`` has another shape than the rectangle needs, or another dtype.
         ValueError: another argument is not as described.
     """
-    if codes.dtype not in (E4M3FN, torch.uint8) or codes.dim() != 2:
+    if out is None:
+        out = shaped(allocate(2 * codes.numel()), torch.bfloat16, tuple(codes.shape))
+    dequantize_into(out, codes, scale, block, offset)
+    return out
+
+
+def dequantize_into(
+    out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], offset: tuple[int, int]
+) -> bool:
+    """``dequantize_slice``, which says whether a code was NaN or infinite. Raises what that raises."""
+    if codes.dtype not in (E4M3FN, torch.uint8, *OTHERS) or codes.dim() != 2:
         raise ValueError(f"codes: expected float8_e4m3fn or uint8 [rows, columns], not {codes.dtype} {codes.shape}")
     if any(b < 1 or not 0 <= o < b for b, o in zip(block, offset, strict=True)):
         raise ValueError(f"block {block}, offset {offset}: a block is from 1 up, an offset within it")
@@ -74,24 +87,22 @@ def dequantize_slice(
             f"a slice {list(codes.shape)} that begins at {list(offset)} of a block of {list(block)} needs scales "
             f"float32 {list(grid)}, not {str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}"
         )
-    if out is None:
-        out = shaped(allocate(2 * codes.numel()), torch.bfloat16, tuple(codes.shape))
-    elif out.dtype != torch.bfloat16 or out.shape != codes.shape:
+    if out.dtype != torch.bfloat16 or out.shape != codes.shape:
         raise ValueError(f"out: expected bfloat16 {list(codes.shape)}, not {out.dtype} {list(out.shape)}")
     if codes.numel() == 0:
-        return out
-    raw = codes.detach().view(torch.uint8)
-    if kernel.active == "torch":
-        _by_torch(raw, scale.detach(), block, offset, out)
-    else:
-        kernel.dequantize(raw, out.detach(), scale.detach().contiguous(), block, offset)
-    return out
+        return False
+    if kernel.active == "torch" or codes.dtype in OTHERS:
+        return _by_torch(codes.detach(), scale.detach(), block, offset, out)
+    return kernel.dequantize(
+        codes.detach().view(torch.uint8), out.detach(), scale.detach().contiguous(), block, offset
+    )
 
 
 def _by_torch(
-    raw: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], offset: tuple[int, int], out: torch.Tensor
-) -> None:
-    rows, columns = raw.shape
+    codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], offset: tuple[int, int], out: torch.Tensor
+) -> bool:
+    codes, seen = codes.view(E4M3FN) if codes.dtype == torch.uint8 else codes, False
+    rows, columns = codes.shape
     tall, wide = (
         torch.tensor([k // b for k in range(o, o + n)], device="cpu")
         for o, n, b in zip(offset, (rows, columns), block, strict=True)
@@ -102,19 +113,23 @@ def _by_torch(
             part = (slice(top, top + step), slice(left, left + GRAIN))
             # index_select, for indexing starts torch's threads, however small
             factor = scale.index_select(0, tall[part[0]]).index_select(1, wide[part[1]])
-            out[part].copy_(_rounded(raw[part].contiguous(), factor.double()))
+            value = codes[part].float().double()  # not every torch has a way from any FP8 to float64
+            seen = seen or not bool(value.isfinite().all())
+            out[part].copy_(_rounded(value, factor.double()))
+    return seen
 
 
-def _rounded(raw: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """bfloat16 of codes times factors. Torch goes from float64 through float32, so it is given what is rounded."""
-    product = (raw & 0x7F).view(E4M3FN).double() * factor.abs()  # 4 bits times 24: exact
+def _rounded(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """bfloat16 of values of codes times factors. Torch goes from float64 through float32, so it is given what is
+    rounded."""
+    product = value.abs() * factor.abs()  # 4 bits times 24: exact
     # adding a power of two whose last bit is the product's eighth rounds to that bit; the least is 2^-133
     exponent = (product.view(torch.int64) >> 52).clamp(min=1023 - 126)
     large = ((exponent + 45) << 52).view(torch.float64)
     large = torch.where(product.isfinite(), large, 0.0)
     bits = ((product + large) - large).float().bfloat16().view(torch.int16)
     bits = torch.where(product.isnan(), 0x7FC0, bits)
-    negative = (raw >= 0x80) != torch.signbit(factor)
+    negative = torch.signbit(value) != torch.signbit(factor)
     return torch.where(negative, bits | -0x8000, bits).to(torch.int16).view(torch.bfloat16)
 
 

@@ -155,8 +155,10 @@ def _grid(src: torch.Tensor, block: tuple[int, int]) -> tuple[int, int, int, int
 
 def dequantize(
     src: torch.Tensor, dst: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], offset: tuple[int, int]
-) -> None:
+) -> bool:
     """Write ``src x scale`` into ``dst``, each exact product rounded once. Native paths only.
+
+    Returns whether a code was NaN.
 
     Args:
         src: uint8 [rows, columns] on the CPU, the codes of a row side by side.
@@ -180,7 +182,7 @@ def dequantize(
             )
     top, left = offset
     size = _clamped(block[0], top + max(rows, 1)), _clamped(block[1], left + max(columns, 1))
-    _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
+    return _kernel.dequantize(active, *_rest(src), *_rest(dst), rows, columns, *size, top, left, *_span(scales))
 
 
 def place(src: torch.Tensor, dst: torch.Tensor) -> None:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
 
-from ..codes.dequantize import dequantize_slice, scale_values
-from ..codes.formats import HALF
+from ..codes.dequantize import dequantize_into, scale_values
 from ..codes.granularity import Granularity
-from ..codes.kernel import translate
-from ..codes.scales import check_scale
+from ..codes.scales import check_scale, is_e8m0
 from ..errors import PlanError, ScaleError, WeightError
-from ..host.memory import allocate, as_bytes, shaped
+from ..host.grain import count, entries, mapped
 from ..plan import Pair, Plan
 from ..plan.layout import can_be_dequantized, scale_shape, unknown
-from .index import picked, selectors, spans
+from .index import Span, gathered, selectors
 
-_LARGEST = torch.finfo(torch.bfloat16).max / 448  # of a scale under which no value overflows
+_BFLOAT16 = torch.bfloat16
 
 
 def read_bfloat16(plan: Plan, pair: Pair, weight: Any, scale: Any, index: Any, nan: str = "error") -> torch.Tensor:
     """A part of an FP8 weight as bfloat16: value x scale, rounded to nearest even once.
 
-    Of the weight, the rows and columns from the first to the last that ``index`` names are read; of the scale, the
-    entries that cover them, also where the part begins or ends inside a block.
+    Read are the rows that ``index`` names, no others, and of a row what lies from the first to the last column; of
+    the scale, the entries that cover them, also where the part begins or ends inside a block. Memory is taken for the
+    result, for these entries in float32, and for a few rows where columns or rows are apart.
 
     Args:
         plan: of the checkpoint, for shapes and for messages.
@@ -41,26 +42,56 @@ def read_bfloat16(plan: Plan, pair: Pair, weight: Any, scale: Any, index: Any, n
         WeightError: NaN codes in the part. ScaleError: a scale there is not finite, or so large that values overflow.
         IndexError, TypeError: no such index.
     """
-    shape = plan.tensors[pair.weight].shape
-    chosen = selectors(index, shape)
-    where = spans(chosen)
-    codes = weight[tuple(slice(*span) for span in where)]
-    if codes.numel() == 0:
-        return picked(codes.new_empty(codes.shape, dtype=torch.bfloat16), chosen, where)
-    if nan == "error":
-        _check_codes(codes, plan.where(pair.weight))
-    covers = coverage(plan, pair)
-    take, block, offset, grid = _covering(covers, plan.tensors[pair.scale].shape, where)
-    part = scale[take] if take else scale[...]
-    if nan == "error":
-        _check_scale(part, plan.where(pair.scale))
-    values = scale_values(part).float().reshape(-1, *grid)
-    matrices = codes.reshape(len(values), -1, codes.shape[-1] if codes.dim() > 1 else 1)
-    whole = shaped(allocate(2 * codes.numel()), torch.bfloat16, tuple(matrices.shape))
-    for matrix, entries, out in zip(matrices, values, whole, strict=True):
-        rows = matrix if matrix.stride(1) == 1 else matrix.contiguous()
-        dequantize_slice(rows, entries, block or (max(1, rows.shape[0]), rows.shape[1]), offset, out=out)
-    return picked(whole.reshape(codes.shape), chosen, where)
+    covers, shape = coverage(plan, pair), plan.tensors[pair.scale].shape
+
+    def read(where: list[Span], out: torch.Tensor) -> None:
+        codes = weight[tuple(slice(*span) for span in where)]
+        take, block, offset, grid = _covering(covers, shape, where)
+        values = _float32(scale[take] if take else scale[...], codes.dtype, plan.where(pair.scale), nan)
+        _fill(out, codes, values.view(-1, *grid), block, offset, plan.where(pair.weight), nan)
+
+    return gathered(selectors(index, plan.tensors[pair.weight].shape), _BFLOAT16, read)
+
+
+def unscaled_bfloat16(plan: Plan, name: str, weight: Any, index: Any, nan: str = "error") -> torch.Tensor:
+    """A part of an FP8 weight without a scale as bfloat16, which holds every FP8 value. Raises WeightError for NaN."""
+    one = torch.ones(1, 1, 1, device="cpu")
+
+    def read(where: list[Span], out: torch.Tensor) -> None:
+        _fill(out, weight[tuple(slice(*span) for span in where)], one, None, (0, 0), plan.where(name), nan)
+
+    return gathered(selectors(index, plan.tensors[name].shape), _BFLOAT16, read)
+
+
+def _fill(
+    out: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    block: tuple[int, int] | None,
+    offset: tuple[int, int],
+    where: str,
+    nan: str,
+) -> None:
+    """Matrix by matrix. values: float32 [matrices, ...], the scales of the blocks that each one touches."""
+    rows, columns = codes.shape[-2:] if codes.dim() > 1 else (codes.numel(), 1)
+    stack = codes.shape[:-2]
+    if values.shape[0] == 1 and values[0].numel() == 1:
+        values = values.expand(max(1, stack.numel()), 1, 1)
+    seen = False
+    for number, at in enumerate(itertools.product(*map(range, stack))):
+        seen |= dequantize_into(
+            out[at].view(rows, columns) if codes.dim() > 1 else out.view(rows, columns),
+            codes[at] if codes.dim() > 1 else codes.view(rows, columns),
+            values[number],
+            block or (max(1, rows), columns),
+            offset,
+        )
+    if seen and nan == "error":
+        bad = count(lambda part: ~part.float().isfinite(), codes)
+        raise WeightError(
+            f"{where}: {bad} NaN codes in a part of it; the checkpoint is damaged or badly quantized, or "
+            'nan="keep" lets them through'
+        )
 
 
 def coverage(plan: Plan, pair: Pair) -> Granularity:
@@ -88,16 +119,6 @@ def _rows(plan: Plan, pair: Pair) -> tuple[int, ...] | None:
         return scale_shape(pair, plan.tensors, "per_channel")
     except ValueError:
         return None
-
-
-def unscaled_bfloat16(plan: Plan, name: str, weight: Any, index: Any, nan: str = "error") -> torch.Tensor:
-    """A part of an FP8 weight without a scale as bfloat16, which holds every FP8 value. Raises WeightError for NaN."""
-    chosen = selectors(index, plan.tensors[name].shape)
-    where = spans(chosen)
-    codes = weight[tuple(slice(*span) for span in where)]
-    if nan == "error" and codes.numel():
-        _check_codes(codes, plan.where(name))
-    return picked(codes.to(torch.bfloat16), chosen, where)
 
 
 def _covering(
@@ -134,17 +155,21 @@ def _covering(
     return tuple(take), covers.block, (top % height, left % width), (down[1] - down[0], across[1] - across[0])
 
 
-def _check_codes(codes: torch.Tensor, where: str) -> None:
-    seen = translate(as_bytes(codes.contiguous()), None, HALF)
-    if seen.nan:
-        raise WeightError(
-            f"{where}: {seen.nan} NaN codes in a part of it; the checkpoint is damaged or badly quantized, or "
-            'nan="keep" lets them through'
+def _float32(part: torch.Tensor, dtype: torch.dtype, where: str, nan: str) -> torch.Tensor:
+    """Values of scales, which are checked: times codes of ``dtype`` they may not overflow."""
+    largest = torch.finfo(_BFLOAT16).max / torch.finfo(dtype).max
+    if is_e8m0(part):
+        top = 127 + int(math.log2(largest))
+        implausible = count(lambda raw: raw > top, part.view(torch.uint8))
+        powers = scale_values(torch.arange(256, dtype=torch.uint8, device="cpu")).float()
+        values = mapped(lambda raw: entries(powers, raw), part.view(torch.uint8), torch.float32)
+    else:
+        values = mapped(torch.Tensor.float, part, torch.float32)
+        implausible = count(lambda some: ~(some.abs() <= largest), values)
+    if nan == "error" and implausible:
+        check_scale(part, where)
+        raise ScaleError(
+            f"{where}: a scale of {float(scale_values(part).abs().max()):g} takes values beyond bfloat16; it is not "
+            "plausible"
         )
-
-
-def _check_scale(part: torch.Tensor, where: str) -> None:
-    check_scale(part, where)
-    largest = float(scale_values(part).abs().max())
-    if largest > _LARGEST:
-        raise ScaleError(f"{where}: a scale of {largest:g} takes values beyond bfloat16; it is not plausible")
+    return values

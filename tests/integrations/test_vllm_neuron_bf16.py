@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import torch
 
-from neuron_fp8_loader import PlanError, WeightError, plan_checkpoint
+from neuron_fp8_loader import OptionError, PlanError, WeightError, plan_checkpoint
 from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV
 from neuron_fp8_loader.plan import Plan
 from tests.integrations.vllm_neuron_standin import Hub, Plugin
-from tests.oracle import bf16_bits, bf16_reference, granularity_of
+from tests.oracle import bf16_bits, bf16_reference, expanded, granularity_of, to_bf16
 from tests.support import REAL, halved, random_codes, same_bytes, save, save_shards, shared
 
 BF16 = torch.bfloat16
@@ -43,12 +44,17 @@ def test_real_checkpoints(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, name:
     """Column- and row-parallel, stored transposed, padded, and q, k and v in one, through the plugin's own loaders."""
     monkeypatch.setenv(ENV, "1")
     plugin.module("vllm.plugins").load_general_plugins()
-    loaders = plugin.module("vllm_neuron.utils.weight_loader")
     plan = plan_checkpoint(shared(name))
     whole = references(plan)
+    assert bool(whole) == (name not in ("ct_int8_w8a8", "ct_nvfp4"))
+    for rank in {tp // 2, tp - 1}:  # one inside, and the one that is padded
+        check_rank(plugin, plan, whole, tp, rank)
+
+
+def check_rank(plugin: Plugin, plan: Plan, whole: dict[str, np.ndarray], tp: int, rank: int) -> None:
+    loaders = plugin.module("vllm_neuron.utils.weight_loader")
     parameters: dict[str, Any] = {}
     expected: dict[str, np.ndarray] = {}
-    rank = tp - 1  # the one that is padded
     for number, (weight, value) in enumerate(whole.items()):
         for dim in (value.ndim - 2, value.ndim - 1):
             size = -(-value.shape[dim] // tp // 32) * 32 + 32 * (number % 2)
@@ -71,7 +77,7 @@ def test_real_checkpoints(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, name:
             parameters[f"{number}_qkv"] = (BF16, loader, keys)
             parts = [sharded(whole[key], 0, size, rank).T for key, size in zip(keys, sizes, strict=True)]
             expected[f"{number}_qkv"] = np.pad(np.concatenate(parts, axis=1), ((0, 64), (0, 0)))
-    result = plugin.read(shared(name), parameters, tp=tp, rank=rank)
+    result = plugin.read(plan.source, parameters, tp=tp, rank=rank)
     for parameter, value in expected.items():
         np.testing.assert_array_equal(bf16_bits(result.state_dict[parameter]), value, err_msg=parameter)
     assert not {p.scale for p in plan.pairs} & set(result.unexpected_keys)
@@ -213,6 +219,68 @@ def test_layers_that_take_fp8_by_rows(plugin: Plugin, tmp_path: Path, monkeypatc
         result = plugin.read(tmp_path, {**parameters, name: (dtype, how, "a.weight")}).state_dict
         assert same_bytes(result[name].view(torch.float8_e4m3fn), halved(weight))
         assert torch.equal(result["s"], 2 * scale)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("shape", "grid", "dtype", "block"),
+    [
+        ((257, 401), (3, 4), torch.float32, 128),
+        ((257, 401), (3, 4), torch.float8_e8m0fnu, 128),
+        ((257, 401), (9, 13), torch.bfloat16, 32),
+        ((257, 401), (257, 13), torch.float8_e8m0fnu, None),
+        ((3, 200, 300), (3, 2, 3), torch.float32, 128),
+        ((3, 200, 300), (3, 200, 1), torch.float32, None),
+        ((3, 200, 300), (3,), torch.float32, None),
+        ((257, 401), (), torch.bfloat16, None),
+    ],
+    ids=str,
+)
+def test_ragged_blocks_and_stacked_experts(
+    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], grid: tuple[int, ...],
+    dtype: torch.dtype, block: int | None, tp: int,
+) -> None:  # fmt: skip
+    """No size divides another: ranks begin inside blocks, and the last one is padded."""
+    rng = np.random.default_rng(0)
+    drawn = torch.from_numpy(np.asarray(2.0 ** rng.uniform(-9, 0, grid), dtype=np.float32))
+    scale = (
+        torch.from_numpy(rng.integers(110, 127, grid, dtype=np.uint8)).view(dtype) if dtype.itemsize == 1 else drawn
+    )
+    save(tmp_path / "model.safetensors", {"a.weight": random_codes(shape), "a.weight_scale": scale.to(dtype)})
+    config = {"quant_method": "fp8", "weight_block_size": [block, block]} if block else {}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
+    monkeypatch.setenv(ENV, "1")
+    plugin.module("vllm.plugins").load_general_plugins()
+    plan = plan_checkpoint(tmp_path)
+    whole = references(plan)
+    assert list(whole) == ["a.weight"]
+    for rank in range(tp):
+        check_rank(plugin, plan, whole, tp, rank)
+
+
+@pytest.mark.parametrize("shape", [(), (64, 1), (2, 3)], ids=["tensor", "row", "block"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e5m2"])
+def test_other_fp8_formats(
+    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """By their own values (ml_dtypes), times the scale; static FP8 layers, which are for e4m3fn, do not get them."""
+    weight = random_codes((64, 96), top=0x7B, dtype=getattr(torch, dtype))
+    weight.view(torch.uint8)[weight.view(torch.uint8) == 0x80] = 0  # NaN in one of them
+    scale = torch.from_numpy(np.asarray(np.random.default_rng(1).uniform(0.01, 1, shape), dtype=np.float32))
+    save(tmp_path / "model.safetensors", {"a.weight": weight, "a.weight_scale": scale})
+    blocks = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": blocks} if shape == (2, 3) else {}))
+    monkeypatch.setenv(ENV, "1")
+    plugin.module("vllm.plugins").load_general_plugins()
+    wide = expanded(scale.double().numpy(), (64, 96), {(): "tensor", (64, 1): "row"}.get(shape, "block 32x32"))
+    assert wide is not None
+    want = to_bf16(weight.view(torch.uint8).numpy().view(getattr(ml_dtypes, dtype)).astype(np.float64) * wide)
+    loader = plugin.module("vllm_neuron.utils.weight_loader").sharding_weight_loader(1, 48, 2)
+    result = plugin.read(tmp_path, {"a": (BF16, loader, "a.weight")}, tp=2, rank=1)
+    np.testing.assert_array_equal(bf16_bits(result.state_dict["a"]), want[:, 48:])
+    assert result.unexpected_keys == []
+    with pytest.raises(OptionError, match=rf"a\.weight: is {dtype}.*dequantize"):
+        plugin.read(tmp_path, {"a": (torch.float8_e4m3fn, loader, "a.weight")}, tp=2)
 
 
 def test_what_cannot_be_read_is_an_error(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

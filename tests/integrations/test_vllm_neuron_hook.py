@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +21,9 @@ from neuron_fp8_loader.integrations.vllm import register
 from neuron_fp8_loader.integrations.vllm_neuron.design import declares
 from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV, GUARD_ENV
 from tests.integrations.test_vllm_neuron_static import MODELOPT, projections
-from tests.integrations.vllm_neuron_standin import PACKAGES, STANDIN, Plugin, static_llama
-from tests.support import ROOT, digests, shared
+from tests.integrations.vllm_neuron_standin import PACKAGES, STANDIN, Plugin, in_a_worker, static_llama
+from tests.oracle import bf16_reference
+from tests.support import ROOT, digests, random_codes, save, shared
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
@@ -108,8 +112,6 @@ def test_the_name_reaches_the_workers_and_ends_with_the_model(
     plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers are processes of their own: what they inherit is the environment."""
-    import os
-
     path = static_llama(tmp_path, projections(), {"quantization_config": MODELOPT})
     plugin.configure(path, quantization="neuron_fp8")
     assert os.environ[ENV] == "1"
@@ -280,6 +282,89 @@ def test_nothing_is_imported_early() -> None:
         check=True,
     )
     assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    """What a worker inherits is the environment, and of a fork the hook, which is enabled a second time there."""
+    weight = random_codes((8, 64))
+    save(tmp_path / "model.safetensors", {"a.weight": weight, "a.weight_scale": torch.full((8, 1), 0.3)})
+    monkeypatch.setenv(ENV, "1")
+    register()
+    assert plugin.checkpoints.SafetensorsCheckpoint._neuron_fp8_reads
+    context = multiprocessing.get_context(start)
+    parent, child = context.Pipe(duplex=False)
+    process = context.Process(target=in_a_worker, args=(str(tmp_path), child))
+    process.start()
+    child.close()
+    bits = parent.recv()
+    process.join(20)
+    assert process.exitcode == 0
+    want = bf16_reference(weight, torch.full((8, 1), 0.3), "row")
+    np.testing.assert_array_equal(np.array(bits, dtype=np.int16).view(np.uint16), want)
+
+
+@pytest.mark.parametrize("flag", ["1", "nonsense", '{"nan": "keep"}'])
+@pytest.mark.parametrize("there", ["nothing", "vllm alone", "a broken plugin", "an empty plugin"])
+def test_vllm_starts_whatever_is_installed(tmp_path: Path, there: str, flag: str) -> None:
+    """The variable is set, and there is no plugin, or one that cannot be imported, or whose names are others."""
+    reader = tmp_path / "vllm_neuron" / "utils" / "checkpoints.py"
+    if there == "vllm alone":
+        (tmp_path / "vllm").symlink_to(STANDIN / "vllm")
+    if "plugin" in there:
+        reader.parent.mkdir(parents=True)
+        for directory in (reader.parent, reader.parent.parent):
+            (directory / "__init__.py").write_text("")
+        reader.write_text("raise KeyError('NEURON_RT')" if "broken" in there else "")
+    code = (
+        "from neuron_fp8_loader.integrations.vllm import register\n"
+        "for _ in range(2):\n"
+        "    register()\n"
+        "try:\n"
+        "    import vllm_neuron.utils.checkpoints\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+        "print('started')\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", ENV: flag}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    said = {"a broken plugin": "KeyError\n", "an empty plugin": ""}.get(there, "ModuleNotFoundError\n")
+    assert done.stdout == f"{said}started\n"
+    assert "Traceback" not in done.stderr or "stays as it is" in done.stderr
+
+
+def test_both_stacks_side_by_side(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NxD Inference is installed, too: each hook finds its own, and both leave."""
+    import neuron_fp8_loader
+
+    monkeypatch.syspath_prepend(str(STANDIN.parent / "standin"))
+    try:
+        register()
+        config = importlib.import_module("neuronx_distributed_inference.models.config").NeuronConfig
+        assert config.__init__.__wrapped__
+        assert plugin.checkpoints.SafetensorsCheckpoint._get_slice.__wrapped__
+    finally:
+        neuron_fp8_loader.disable()
+        vllm_neuron.disable()
+        for name in [n for n in sys.modules if n.split(".")[0] == "neuronx_distributed_inference"]:
+            del sys.modules[name]
+    assert not hasattr(config.__init__, "__wrapped__")
+    assert not hasattr(plugin.checkpoints.SafetensorsCheckpoint._get_slice, "__wrapped__")
+
+
+def test_disable_after_use(plugin: Plugin, tmp_path: Path) -> None:
+    """Also what a load has left: the variable for the workers, the name among vLLM's; and it can come again."""
+    path = static_llama(tmp_path, projections(), {"quantization_config": MODELOPT})
+    before = _state(plugin)
+    for _ in range(2):
+        vllm_neuron.enable()
+        plugin.load(path, quantization="neuron_fp8")
+        assert os.environ[ENV] == "1"
+        vllm_neuron.disable()
+        assert ENV not in os.environ
+        assert _state(plugin) == before
 
 
 def test_the_plugin_on_nxd_inference_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_spellings_of_kv_scales(plugin: Plugin, tmp_path: Path, spelling: str, s
 
 
 @pytest.mark.parametrize(("how", "reason"), [
-    ("mixed", "self_attn.o_proj is not FP8"), ("rows", "mlp.up_proj has one scale per row"),
+    ("mixed", "self_attn.o_proj is not float8_e4m3fn"), ("rows", "mlp.up_proj has one scale per row"),
     ("dynamic", "self_attn.q_proj has no input scale"), ("asked", "the flag asks for it"),
 ])  # fmt: skip
 def test_what_the_static_layers_cannot_take_becomes_bfloat16(

@@ -108,3 +108,12 @@ SHAPES = {
     "mlp.gate_proj": (256, 128), "mlp.up_proj": (256, 128), "mlp.down_proj": (128, 256),
 }  # fmt: skip
 """Of such a Llama's projections."""
+
+
+def in_a_worker(path: str, pipe: Any) -> None:
+    """A process of a worker, which vLLM starts by fork or by spawn: its plugins, then its model."""
+    plugin = Plugin()
+    plugin.module("vllm.plugins").load_general_plugins()
+    loader = plugin.module("vllm_neuron.utils.weight_loader").SafetensorsWeightLoader()
+    result = plugin.read(path, {"a": (torch.bfloat16, loader, "a.weight")}).state_dict["a"]
+    pipe.send(result.view(torch.int16).tolist())

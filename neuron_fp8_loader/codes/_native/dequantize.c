@@ -59,7 +59,15 @@ static void draw(fp8_bf16_table *table, float scale, const fp8_bf16_table *befor
         table->of[FP8_NAN] = FP8_BF16_NAN;
         return;
     }
-    if (before && before->regular && !((bits ^ bits_before) & 0x7fffff))
+    table->lift = 0;
+    const int same = before && before->regular && !((bits ^ bits_before) & 0x7fffff);
+    if (same && !whole) { /* one instruction more for each code, and far less here, where groups are small */
+        memcpy(table->low, before->low, sizeof table->low);
+        memcpy(table->high, before->high, sizeof table->high);
+        table->lift = (uint16_t)(before->lift + ((int)(bits >> 23 & 0xff) - (int)(bits_before >> 23 & 0xff)) * 128);
+        return;
+    }
+    if (same)
         shifted(table->of, before->of, (int)(bits >> 23 & 0xff) - (int)(bits_before >> 23 & 0xff));
     else
         multiples((bits & 0x7fffff) | 0x800000, (int)(bits >> 23) - 127, table->of);
@@ -73,17 +81,21 @@ static void draw(fp8_bf16_table *table, float scale, const fp8_bf16_table *befor
     table->of[FP8_NAN] = FP8_BF16_NAN;
 }
 
-void fp8_bf16_portable(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
+int fp8_bf16_portable(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
+    int nan = 0;
     for (size_t i = 0; i < n; i++) {
-        const int sign = (src[i] ^ table->flip) & FP8_SIGN;
-        dst[i] = (uint16_t)(table->of[src[i] & FP8_MAGNITUDE] | sign << 8);
+        const int sign = (src[i] ^ table->flip) & FP8_SIGN, code = src[i] & FP8_MAGNITUDE;
+        dst[i] = (uint16_t)(table->of[code] | sign << 8);
+        nan |= code == FP8_NAN;
     }
+    return nan;
 }
 
-void fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp8_part *part, const float *scales) {
+int fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp8_part *part, const float *scales) {
     const size_t end = part->left + part->columns; /* columns are counted from the edge of the first block */
     const size_t across = end / part->width + (end % part->width != 0);
     fp8_bf16_table tables[PANEL];
+    int nan = 0;
     for (size_t top = 0, bottom; top < part->rows; top = bottom, scales += across) {
         const size_t height = part->height - (top ? 0 : part->top);
         bottom = part->rows - top < height ? part->rows : top + height;
@@ -96,10 +108,11 @@ void fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp
                 for (size_t k = 0; k < count; k++) {
                     const size_t from = (first + k) * part->width, left = from > part->left ? from - part->left : 0;
                     const size_t right = end - from < part->width ? part->columns : from + part->width - part->left;
-                    run(src + row * part->src_stride + left, dst + row * part->dst_stride + left, right - left,
-                        tables + k);
+                    nan |= run(src + row * part->src_stride + left, dst + row * part->dst_stride + left,
+                               right - left, tables + k);
                 }
             }
         }
     }
+    return nan;
 }

@@ -19,16 +19,18 @@ typedef struct {
     uint16_t of[FP8_CODES];
     uint8_t low[16];        /* the bytes of the first sixteen, for shuffles */
     uint8_t high[16];
+    uint16_t lift;   /* to be added to what low and high tell of all codes but 0 */
     uint8_t flip;    /* FP8_SIGN where the scale is negative */
     uint8_t regular; /* of[code] == of[i] + ((code - i) << 4), i the code of the same mantissa among the first 16 */
 } fp8_bf16_table;
 
-/* Translates n codes. A NaN keeps its sign, changed by the scale's, and is FP8_BF16_NAN otherwise. */
-typedef void (*fp8_bf16_fn)(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
+/* Translates n codes, and tells whether one was NaN: that keeps its sign, changed by the scale's, and is FP8_BF16_NAN
+ * otherwise. */
+typedef int (*fp8_bf16_fn)(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
 
-void fp8_bf16_portable(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
+int fp8_bf16_portable(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
 #ifdef FP8_HAVE_AVX2
-void fp8_bf16_avx2(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
+int fp8_bf16_avx2(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
 #endif
 
 /* A part of a matrix whose blocks have a scale each. */
@@ -39,7 +41,8 @@ typedef struct {
     size_t top, left;             /* where in its first block the part begins: less than height, width */
 } fp8_part;
 
-/* scales: of the blocks that the part touches, ceil((top + rows) / height) x ceil((left + columns) / width). */
-void fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp8_part *part, const float *scales);
+/* scales: of the blocks that the part touches, ceil((top + rows) / height) x ceil((left + columns) / width). Tells
+ * whether a code was NaN. */
+int fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp8_part *part, const float *scales);
 
 #endif

@@ -6,11 +6,13 @@
 
 #include "avx2.h"
 
-AVX2 static void regular(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
+AVX2 static int regular(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
     const __m256i low = twice(table->low), high = twice(table->high), zero = _mm256_setzero_si256();
     const __m256i flip = _mm256_set1_epi8((char)table->flip), sign_bit = _mm256_set1_epi8((char)FP8_SIGN);
     const __m256i seven = _mm256_set1_epi8(7), eight = _mm256_set1_epi8(8), nan_code = _mm256_set1_epi8(FP8_NAN);
     const __m256i magnitude = _mm256_set1_epi8(FP8_MAGNITUDE), nan = _mm256_set1_epi16(FP8_BF16_NAN);
+    const __m256i lift = _mm256_set1_epi16((short)table->lift);
+    __m256i any_nan = zero;
     size_t i = 0;
     for (; i + 32 <= n; i += 32) {
         /* quarters 0 2 1 3, so that what unpacks from both halves is in order again */
@@ -18,27 +20,33 @@ AVX2 static void regular(const uint8_t *src, uint16_t *dst, size_t n, const fp8_
         const __m256i code = _mm256_and_si256(byte, magnitude);
         const __m256i sign = _mm256_and_si256(_mm256_xor_si256(byte, flip), sign_bit);
         const __m256i is_nan = _mm256_cmpeq_epi8(code, nan_code);
+        any_nan = _mm256_or_si256(any_nan, is_nan);
+        const __m256i is_zero = _mm256_cmpeq_epi8(code, zero);
         /* the code of the same mantissa among the first sixteen, and what it lacks */
         const __m256i first = _mm256_min_epu8(code, _mm256_or_si256(_mm256_and_si256(code, seven), eight));
         const __m256i steps = _mm256_sub_epi8(code, first);
         const __m256i l = _mm256_shuffle_epi8(low, first), h = _mm256_shuffle_epi8(high, first);
         __m256i a = _mm256_add_epi16(_mm256_unpacklo_epi8(l, h), _mm256_slli_epi16(_mm256_unpacklo_epi8(steps, zero), 4));
         __m256i b = _mm256_add_epi16(_mm256_unpackhi_epi8(l, h), _mm256_slli_epi16(_mm256_unpackhi_epi8(steps, zero), 4));
+        a = _mm256_andnot_si256(_mm256_unpacklo_epi8(is_zero, is_zero), _mm256_add_epi16(a, lift));
+        b = _mm256_andnot_si256(_mm256_unpackhi_epi8(is_zero, is_zero), _mm256_add_epi16(b, lift));
         a = _mm256_blendv_epi8(a, nan, _mm256_unpacklo_epi8(is_nan, is_nan));
         b = _mm256_blendv_epi8(b, nan, _mm256_unpackhi_epi8(is_nan, is_nan));
         store32(dst + i, _mm256_or_si256(a, _mm256_unpacklo_epi8(zero, sign)));
         store32(dst + i + 16, _mm256_or_si256(b, _mm256_unpackhi_epi8(zero, sign)));
     }
+    int nan_seen = !_mm256_testz_si256(any_nan, any_nan);
     if (i < n) { /* the table may lack what a loop over single codes would need */
         uint8_t from[32] = {0};
         uint16_t to[32];
         memcpy(from, src + i, n - i);
-        regular(from, to, 32, table);
+        nan_seen |= regular(from, to, 32, table);
         memcpy(dst + i, to, (n - i) * sizeof *to);
     }
+    return nan_seen;
 }
 
-void fp8_bf16_avx2(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
-    (table->regular ? regular : fp8_bf16_portable)(src, dst, n, table);
+int fp8_bf16_avx2(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table) {
+    return (table->regular ? regular : fp8_bf16_portable)(src, dst, n, table);
 }
 #endif

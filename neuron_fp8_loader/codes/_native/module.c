@@ -227,13 +227,14 @@ static PyObject *dequantize(PyObject *self, PyObject *args) {
         return NULL;
     const int path = path_called(name);
     if (path < 0) return NULL;
+    int nan = 0;
     if (rows && columns) {
         Py_BEGIN_ALLOW_THREADS
-        fp8_dequantize(PATHS[path].bf16, bytes_at(src), (uint16_t *)(uintptr_t)dst.at, &part,
-                       (const float *)(uintptr_t)scales.at);
+        nan = fp8_dequantize(PATHS[path].bf16, bytes_at(src), (uint16_t *)(uintptr_t)dst.at, &part,
+                             (const float *)(uintptr_t)scales.at);
         Py_END_ALLOW_THREADS
     }
-    Py_RETURN_NONE;
+    return PyBool_FromLong(nan);
 }
 
 static PyObject *place(PyObject *self, PyObject *args) {

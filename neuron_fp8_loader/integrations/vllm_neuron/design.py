@@ -61,7 +61,7 @@ def design_for(
             return None
         reason = "" if declared == "static" else "its config declares no static scales, one a tensor"
     else:
-        if not plan.fp8_weights:
+        if not plan.fp8_weights and not any(info.dtype == "float8_e5m2" for info in plan.tensors.values()):
             return None
         reason = _not_static(plan)
     if options.dequantize:
@@ -85,7 +85,7 @@ def _not_static(plan: Plan) -> str:
     for layer in sorted(layers):
         for module in (f"{layer}.{m}" for m in MODULES):
             if module not in pairs:
-                return f"{module} is not FP8"
+                return f"{module} is not float8_e4m3fn"
             if pairs[module].granularity.kind != "tensor" or pairs[module].granularity.experts:
                 return f"{module} has one scale per {pairs[module].granularity}"
             scale = f"{module}.input_scale"

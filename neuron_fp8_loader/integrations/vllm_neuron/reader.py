@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from ...plan import Recipe, Step, make_plan, make_recipe
 from .flag import log
 from .names import sharing_input, spellings
 
-_FP8_NAMES = ("F8_E4M3", "F8_E4M3FNUZ")  # as safetensors has them
+_FP8_NAMES = ("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2")  # as safetensors has them
+_OTHERS = ("float8_e4m3fnuz", "float8_e5m2")
 
 
 class View:
@@ -68,6 +70,7 @@ class Reader:
         self._tried = False
         self._recipe: Recipe | None = None
         self._places: dict[str, Any] = {}
+        self._others: dict[str, str] = {}
         self._dtypes: dict[str, set[torch.dtype]] = {}
         self._beside: dict[str, set[str]] = {}
 
@@ -135,7 +138,11 @@ class Reader:
             for name in opened.keys():  # noqa: SIM118, no mapping
                 if belongs(file, name):
                     part = opened.get_slice(name)
-                    infos[name] = _header(name, part, Path(path))  # of two files the last one counts, as ever there
+                    info = _header(name, part, Path(path))
+                    if info.dtype in _OTHERS:  # paired with its scale as any other; read by its own values
+                        self._others[name] = info.dtype
+                        info = replace(info, dtype="float8_e4m3fn")
+                    infos[name] = info  # of two files the last one counts, as ever there
                     self._places[name] = part
         directory = Path(next(iter(paths.values()))).parent
         plan = make_plan(infos, str(directory), read_declared(directory))
@@ -205,6 +212,11 @@ class Reader:
         if pair is not None and pair.scale in self._beside.get(step.name, ()):
             return part
         if self.is_kept(step.name):
+            if step.name in self._others:
+                raise OptionError(
+                    f"{recipe.plan.where(step.name)}: is {self._others[step.name]}, and the plugin's FP8 layers are "
+                    'for float8_e4m3fn; NEURON_FP8_LOADER=\'{"dequantize": ["*"]}\' has it as bfloat16'
+                )
             reads_scale = pair is not None and pair.scale in self._dtypes  # into a parameter of its own
             if (
                 pair is not None
@@ -220,10 +232,9 @@ class Reader:
         if pair is not None:
             scale = self._places[pair.scale]
             return View(step.shape, "BF16", lambda index: read_bfloat16(plan, pair, part, scale, index, nan))
-        if step.name in plan.other_formats or self._options.unscaled == "error":
-            what = "is float8_e4m3fnuz" if step.name in plan.other_formats else "has no scale"
+        if self._options.unscaled == "error":
             raise WeightError(
-                f"{plan.where(step.name)}: {what}, and is to be read as bfloat16. A scale of another name: "
+                f"{plan.where(step.name)}: has no scale, and is to be read as bfloat16. A scale of another name: "
                 "neuron_fp8_loader.conventions.register; none at all: "
                 'NEURON_FP8_LOADER=\'{"unscaled": "dequantize"}\' takes its values as they are'
             )
