@@ -83,6 +83,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     pairs: list[Pair] = []
     unscaled: list[str] = []
     other_formats: list[str] = []
+    other_scales: dict[str, None] = {}
     untouched: list[str] = []
     for name, info in tensors.items():
         if info.dtype != FP8 and info.dtype not in OTHER_FORMATS:
@@ -91,6 +92,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
             untouched.append(name)
         elif info.dtype in OTHER_FORMATS:
             other_formats.append(name)
+            other_scales |= {scale: None for _, scale in conventions.candidates(name, tensors)}
         else:
             found = conventions.candidates(name, tensors)
             if not found:
@@ -112,12 +114,14 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     if problems:
         raise PlanError(source, problems)
     weights = {pair.weight for pair in pairs} | set(other_formats) | set(unscaled)
+    scales = {pair.scale for pair in pairs}
     return Plan(
         source=source,
         tensors=tensors,
         pairs=tuple(pairs),
         unscaled=tuple(unscaled),
         other_formats=tuple(other_formats),
+        other_scales=tuple(s for s in other_scales if s not in scales and tensors[s].dtype in (*_FLOATS, E8M0)),
         activation_scales=tuple(_activation_scales(tensors, pairs)),
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),
