@@ -11,7 +11,7 @@ import torch
 from ..errors import CheckpointError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of one tensor.
 
