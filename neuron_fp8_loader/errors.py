@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PosixPath
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -18,6 +19,25 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+class Shown(str):
+    """Text of strangers that is ``printable`` where it stands in an f-string; everything else gets it as it is."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return format(printable(str(self)), spec)
+
+
+class ShownPath(PosixPath):
+    """A path that is ``printable`` where it stands in an f-string; the system, ``str`` and JSON get it as it is.
+
+    Newlines of our own give errors their lines, so that ``Fp8LoaderError`` cannot tell those of a file's name.
+    """
+
+    def __format__(self, spec: str) -> str:
+        return format(printable(str(self)), spec)
 
 
 class Fp8LoaderError(Exception):
@@ -45,7 +65,7 @@ class PlanError(Fp8LoaderError):
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
         self.problems = tuple(map(printable, problems))
-        super().__init__(f"{source}: {listing('problem', self.problems)}")
+        super().__init__(f"{printable(source)}: {listing('problem', self.problems)}")
 
     def __reduce__(self) -> tuple[object, ...]:  # errors cross processes pickled
         return type(self), (self.source, self.problems)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, Shown, ShownPath
 from .regular import stamp
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -51,10 +51,10 @@ def existing(path: str | os.PathLike[str]) -> Path:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CheckpointError(f"{given[:200]!r}: cannot be read: {reason}") from error
     if not found:
-        raise CheckpointError(f"{given}: {_missing(given)}")
+        raise CheckpointError(f"{Shown(given)}: {_missing(given)}")
     if not os.path.isdir(given):
-        stamp(Path(given))
-    return Path(given)
+        stamp(ShownPath(given))
+    return ShownPath(given)
 
 
 def existing_file(path: str | os.PathLike[str], function: str) -> Path:
@@ -66,7 +66,7 @@ def existing_file(path: str | os.PathLike[str], function: str) -> Path:
     file = existing(path)
     if file.is_dir():
         raise CheckpointError(
-            f"{os.fspath(path)}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"
+            f"{file}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"
         )
     require_format(file)
     return file
@@ -109,7 +109,7 @@ def nothing_in(directory: Path) -> str:
     for file in sorted(directory.iterdir()):
         other = _OTHER_FORMATS.get(file.suffix.lower())
         if other:
-            return f"no checkpoint here; {file.name} {other}"
+            return f"no checkpoint here; {Shown(file.name)} {other}"
     return "no checkpoint here; expected *.safetensors, *.safetensors.index.json or pytorch_model.bin"
 
 
@@ -119,6 +119,6 @@ def _missing(given: str) -> str:
     if _HUB_ID.fullmatch(given) and not os.path.exists(os.path.dirname(given)):
         return (
             "is neither a file nor a directory; it looks like a Hub id: download it first with "
-            f"`hf download {given} --local-dir DIR`, and give DIR"
+            f"`hf download {Shown(given)} --local-dir DIR`, and give DIR"
         )
     return "no such file or directory"

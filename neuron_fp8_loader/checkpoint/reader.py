@@ -16,7 +16,7 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from ..host.collector import uncollected
 from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
@@ -244,7 +244,7 @@ def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:
 def _fill(handle: int, piece: _Piece, buffers: list[memoryview]) -> None:
     got = fill(piece.file, handle, buffers, piece.offset)
     if got < piece.nbytes:
-        names = ", ".join(s.name for s in piece.segments[:3])
+        names = ", ".join(printable(s.name) for s in piece.segments[:3])
         raise CheckpointError(
             f"{piece.file}: ends at byte {piece.offset + got}, in the data of {names}; was it truncated?"
         )

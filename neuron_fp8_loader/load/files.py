@@ -15,7 +15,7 @@ import torch
 from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob, existing, existing_file, open_checkpoint
 from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError, listing, printable
+from ..errors import CheckpointError, Shown, listing, printable
 from ..host.cache import cached, keep
 from ..host.collector import uncollected
 from ..host.memory import check_mode, needing
@@ -129,7 +129,7 @@ def load_checkpoint(
     chosen = Options.of(options)
     place = existing(path)
     with uncollected():
-        with needing(bytes_on_disk(place), str(path)):  # headers are read through a map of the whole file
+        with needing(bytes_on_disk(place), Shown(place)):  # headers are read through a map of the whole file
             checkpoint = open_checkpoint(place)
         recipe = recipe_for(checkpoint, chosen)
     plan = recipe.plan

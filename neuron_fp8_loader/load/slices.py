@@ -61,7 +61,7 @@ class safe_open:
         check_backend(backend)
         file = existing_file(filename, "safe_open")
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"{filename}: is no .safetensors file, which is what safe_open takes")
+            raise CheckpointError(f"{file}: is no .safetensors file, which is what safe_open takes")
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")

@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..checkpoint.declared import Declared, read_declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity, granularity
-from ..errors import PlanError, printable
+from ..errors import PlanError, Shown, printable
 from ..host.cache import cached
 from ..options import Options, What
 from .plan import ActivationScale, Pair, Plan
@@ -41,8 +41,8 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
 
 def plan_for(checkpoint: Checkpoint) -> Plan:
     """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
-    declared = read_declared(checkpoint.directory, checkpoint.metadata)
-    return _kept(checkpoint, ("plan", declared), lambda: make_plan(checkpoint.tensors, str(checkpoint.path), declared))
+    declared, source = read_declared(checkpoint.directory, checkpoint.metadata), Shown(checkpoint.path)
+    return _kept(checkpoint, ("plan", declared), lambda: make_plan(checkpoint.tensors, source, declared))
 
 
 def recipe_for(checkpoint: Checkpoint, what: What) -> Recipe:
@@ -70,7 +70,7 @@ def _kept(checkpoint: Checkpoint, what: object, make: Callable[[], Named]) -> Na
         return made
 
     key = (what, checkpoint.fingerprint, conventions.conventions())
-    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(str(checkpoint.path))
+    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(Shown(checkpoint.path))
 
 
 _BYTES_A_TENSOR = 600  # of a plan or a recipe, about
