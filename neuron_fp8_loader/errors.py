@@ -44,7 +44,7 @@ class Fp8LoaderError(Exception):
     """Base class: catch this to catch all that the package raises on purpose. Its text is ``printable``."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(printable(text, keep="\n"))
+        super().__init__(printable(str(text), keep="\n"))
 
 
 class OptionError(Fp8LoaderError, ValueError):
@@ -65,7 +65,7 @@ class PlanError(Fp8LoaderError):
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
         self.problems = tuple(map(printable, problems))
-        super().__init__(f"{printable(source)}: {listing('problem', self.problems)}")
+        super().__init__(f"{printable(str(source))}: {listing('problem', self.problems)}")
 
     def __reduce__(self) -> tuple[object, ...]:  # errors cross processes pickled
         return type(self), (self.source, self.problems)

@@ -29,15 +29,15 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _GGUF = b"GGUF"
 
 
-def existing(path: str | os.PathLike[str]) -> Path:
-    """The path, which leads to a directory or a regular file.
+def existing(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """The path, given as ``argument``, which leads to a directory or a regular file.
 
     Raises:
         CheckpointError: there is none; the text says what the path looks like and what to do.
         OptionError: not a path at all.
     """
     if not isinstance(path, str | os.PathLike):
-        raise OptionError(f"path={path!r}: expected a path, not a {type(path).__name__}")
+        raise OptionError(f"{argument}={path!r}: expected a path, not a {type(path).__name__}")
     given = os.fsdecode(path)
     if not given:
         raise CheckpointError("the path is empty; give a directory, a .safetensors or .bin file, or an index")
@@ -63,7 +63,7 @@ def existing_file(path: str | os.PathLike[str], function: str) -> Path:
     Raises:
         CheckpointError: there is none, or it is of another kind.
     """
-    file = existing(path)
+    file = existing(path, "filename")
     if file.is_dir():
         raise CheckpointError(
             f"{file}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"

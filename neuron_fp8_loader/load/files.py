@@ -138,7 +138,8 @@ def load_checkpoint(
     if slices is None and verdict is None:
         state_dict, report = load_by(checkpoint, recipe, chosen)
     else:
-        state_dict, report = load_slices(checkpoint, recipe, chosen, slices or {}, ALL if verdict is None else verdict)
+        cuts, known = {} if slices is None else slices, ALL if verdict is None else verdict
+        state_dict, report = load_slices(checkpoint, recipe, chosen, cuts, known)
     report.seconds = time.perf_counter() - begin
     log.info("%s: %s", printable(plan.source), report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
