@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -106,3 +108,30 @@ def test_few_objects_a_tensor(tmp_path):
     small, large = tracked(500), tracked(1500)
     a_tensor = (large - small) / 2000
     assert a_tensor < 4  # a header, a step, and what a pair and its group take
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_at_many_moments_leave_it_on():
+    """A timer's signals come in the middle of entering and leaving."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    landed = 0
+    try:
+        for turn in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 5e-6 + (turn % 50) * 4e-7)
+                for _ in range(100):
+                    with uncollected():
+                        pass
+                time.sleep(0.001)
+            except KeyboardInterrupt:
+                landed += 1
+            assert gc.isenabled()
+            assert collector._inside == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert landed

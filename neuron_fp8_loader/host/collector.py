@@ -5,18 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from .signals import uninterrupted
 
 _lock = threading.Lock()
 _inside = 0
 _was_on = False
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
+class uncollected:
     """Let no collection begin within the block, which should last seconds at most and make what is kept.
 
     The collector goes through all objects whenever their number has grown by a quarter: for the headers and steps of
@@ -24,21 +19,45 @@ def uncollected() -> Iterator[None]:
     it: the first to come in turns the collector off, the last to go turns it on again, however the blocks end. Where
     the caller has it off, it stays off; a process forked in between has it as it was.
     """
-    global _inside, _was_on
-    entered = False
-    try:
-        with uninterrupted(), _lock:  # an interrupt in between would leave it off
-            if _inside == 0:
-                _was_on = gc.isenabled()
-                gc.disable()
-            _inside += 1
-            entered = True
-        yield
-    finally:
-        with uninterrupted(), _lock:
-            _inside -= entered
-            if entered and _inside == 0 and _was_on:
-                gc.enable()
+
+    # a handler may raise after any call, and on the way into any function of Python: nothing is called between the
+    # changes that belong together, and what may have been missed is done again
+
+    _entered = False
+
+    def __enter__(self) -> None:
+        global _inside, _was_on
+        try:
+            with _lock:
+                on = gc.isenabled()
+                _inside += 1
+                self._entered = True
+                if _inside == 1:
+                    _was_on = on
+                    gc.disable()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __del__(self) -> None:  # an interrupt came before the first step of __exit__
+        if self._entered:
+            self._leave()
+
+    def _leave(self) -> None:
+        global _inside
+        with _lock:
+            if self._entered:
+                self._entered = False
+                _inside -= 1
+                if _inside == 0 and _was_on:
+                    gc.enable()
 
 
 def _forked() -> None:

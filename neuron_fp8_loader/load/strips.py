@@ -19,7 +19,7 @@ from ..codes.granularity import TENSOR
 from ..codes.kernel import Counts, translate
 from ..codes.requantize import Fidelity, Tile, requantize
 from ..errors import WeightError
-from ..host.grain import mapped
+from ..host.grain import GRAIN, mapped, rows_at_once
 from ..host.parallel import PIECE, pieces
 from ..plan import Pair, Plan, Step
 from ..plan.region import Region, joined, rows_of
@@ -221,4 +221,8 @@ def _cut(top: int, bottom: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _columns(part: torch.Tensor, width: int, out: torch.Tensor) -> None:
     """Copy the first bytes of every ``width``, as many as a row of ``out`` has: uint8 [rows, kept]."""
-    out.copy_(part.as_strided(tuple(out.shape), (width, 1)))
+    rows, kept = out.shape
+    shown = part.as_strided((rows, kept), (width, 1))
+    for source, target in zip(shown.split(rows_at_once(kept)), out.split(rows_at_once(kept)), strict=True):
+        for at in range(0, kept, GRAIN):  # a row may be longer: no threads of torch's
+            target[:, at : at + GRAIN].copy_(source[:, at : at + GRAIN])
