@@ -11,10 +11,10 @@ PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.p
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
 	@echo "make test   install what the tests need and run them: those of the kernel on each of its paths, the rest once"
-	@echo "make test-all  run all tests on each path"
+	@echo "make test-all  run all tests on each path, the sanitizers, and a minute of hostile checkpoints"
 	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
 	@echo "make lint   ruff, mypy, and the C with warnings as errors"
-	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (a minute)"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
 # torch first: with the pinned one there, nothing asks for another build
@@ -55,6 +55,8 @@ test-all: $(VENV)/.test
 		echo "== kernel path $$path, all tests"; \
 		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest || exit 1; \
 	done
+	@$(MAKE) --no-print-directory sanitize
+	@$(MAKE) --no-print-directory fuzz SECONDS=60
 
 SECONDS ?= 600
 fuzz: $(VENV)/.test
@@ -73,18 +75,28 @@ lint: $(VENV)/.test
 			-c $$file -o /dev/null || exit 1; \
 	done
 
-# a copy of the package whose native module watches every access; the tests go through all paths and compare them
+# a copy of the package whose native module watches every access; the tests go through all paths and compare them.
+# Python itself is not built so, which is why the sanitizer's library comes first; where there is none, that is said,
+# and with SANITIZERS=required (CI) it is an error
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.test
-	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r neuron_fp8_loader $(SANITIZED)/
-	@rm -f $(SANITIZED)/neuron_fp8_loader/codes/_kernel*.so
+	@library="$$($(CC) -print-file-name=libasan.so 2>/dev/null)"; \
+	if [ ! -e "$$library" ] || ! echo 'int main(void) { return 0; }' | \
+			$(CC) -fsanitize=address,undefined -x c - -o /dev/null 2>/dev/null; then \
+		echo "make sanitize: $(CC) finds no libasan and libubsan (packages of gcc: libasan8 and libubsan1 on Debian," \
+			"libasan and libubsan on Fedora), so nothing was checked" >&2; \
+		[ "$(SANITIZERS)" != required ]; exit; \
+	fi; \
+	set -e; \
+	rm -rf $(SANITIZED); mkdir -p $(SANITIZED); cp -r neuron_fp8_loader $(SANITIZED)/; \
+	rm -f $(SANITIZED)/neuron_fp8_loader/codes/_kernel*.so; \
 	$(CC) -std=c11 -O1 -g -fPIC -shared -ffp-contract=off -fno-omit-frame-pointer \
 		-fsanitize=address,undefined -fno-sanitize-recover=all -isystem "$$($(PYTHON_H))" \
-		$(NATIVE)/*.c -o $(SANITIZED)/neuron_fp8_loader/codes/_kernel.abi3.so -lm
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 SANITIZED=1 \
+		$(NATIVE)/*.c -o $(SANITIZED)/neuron_fp8_loader/codes/_kernel.abi3.so -lm; \
+	LD_PRELOAD="$$library" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 SANITIZED=1 \
 		$(BIN)/python -m pytest -o pythonpath="$(SANITIZED) ." -p no:cacheprovider \
 		tests/test_sanitized.py tests/test_native_arguments.py tests/test_kernel.py tests/test_histogram.py \
-		tests/test_dequantize.py tests/test_requantize.py
+		tests/test_dequantize.py tests/test_requantize.py tests/test_place.py
 
 # jax for the compile check's xla-cpu backend, which is left out where there is no wheel of it
 $(VENV)/.bench: $(VENV)/.package

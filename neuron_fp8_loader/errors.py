@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PosixPath
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -20,11 +21,30 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+class Shown(str):
+    """Text of strangers that is ``printable`` where it stands in an f-string; everything else gets it as it is."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return format(printable(str(self)), spec)
+
+
+class ShownPath(PosixPath):
+    """A path that is ``printable`` where it stands in an f-string; the system, ``str`` and JSON get it as it is.
+
+    Newlines of our own give errors their lines, so that ``Fp8LoaderError`` cannot tell those of a file's name.
+    """
+
+    def __format__(self, spec: str) -> str:
+        return format(printable(str(self)), spec)
+
+
 class Fp8LoaderError(Exception):
     """Base class: catch this to catch all that the package raises on purpose. Its text is ``printable``."""
 
     def __init__(self, text: str = "") -> None:
-        super().__init__(printable(text, keep="\n"))
+        super().__init__(printable(str(text), keep="\n"))
 
 
 class OptionError(Fp8LoaderError, ValueError):
@@ -45,7 +65,7 @@ class PlanError(Fp8LoaderError):
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
         self.problems = tuple(map(printable, problems))
-        super().__init__(f"{source}: {listing('problem', self.problems)}")
+        super().__init__(f"{printable(str(source))}: {listing('problem', self.problems)}")
 
     def __reduce__(self) -> tuple[object, ...]:  # errors cross processes pickled
         return type(self), (self.source, self.problems)

@@ -138,12 +138,14 @@ class Options(How, What):
         threads = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise OptionError(f"threads={threads!r}: expected a whole number from 1 up, or None")
-        if self.progress not in (None, True, False):
+        if self.progress is not None and not isinstance(self.progress, bool):
             raise OptionError(f"progress={self.progress!r}: expected True, False or None")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
         """From keyword arguments. Raises OptionError, listing the known names, for an unknown one."""
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options={options!r}: expected names and values, not a {type(options).__name__}")
         known = [f.name for f in fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:

@@ -20,7 +20,7 @@ import os, signal, sys, time
 import safetensors.torch, torch
 import neuron_fp8_loader as n
 torch.set_num_threads(2)
-block, row, bare = (f"{sys.argv[1]}/{name}" for name in ("block", "row", "bare"))
+block, row, bare, moe = (f"{sys.argv[1]}/{name}" for name in ("block", "row", "bare", "moe"))
 
 def child_hangs():
     pid = os.fork()
@@ -34,7 +34,28 @@ def slices(folder, **options):
         for name in f.keys():
             f.get_tensor(name), f.get_slice(name)[10:60000]
 
+def parameters(folder):
+    import torch.distributed.checkpoint as dcp
+    try:
+        from neuron_fp8_loader.integrations.dcp import NeuronStorageReader
+    except ImportError:  # a torch without its base
+        return
+    whole = safetensors.torch.load_file(f"{folder}/model.safetensors")
+    state = {k: torch.empty_like(v) for k, v in whole.items()}
+    dcp.load(state, storage_reader=NeuronStorageReader(folder), no_dist=True)
+
+def half(name, shape):
+    return (0, 0, max(1, shape[0] // 2)) if shape else None
+
 ways = {
+    "rows of tensors": lambda: n.load_state_dict(row, slices=half),
+    "columns of tensors": lambda: n.load_state_dict(row, slices={"a.weight": (1, 3, 20)}),
+    "rows of block scales": lambda: n.load_state_dict(block, slices=half),
+    "rows, block -> row": lambda: n.load_state_dict(block, slices=half, layout="per_channel"),
+    "rows, dequantized": lambda: n.load_state_dict(block, slices=half, dequantize="*"),
+    "fused experts": lambda: n.load_state_dict(moe, experts="fused"),
+    "fused experts, by row": lambda: n.load_state_dict(moe, experts="fused", layout="per_channel"),
+    "parameters": lambda: parameters(row),
     "load_state_dict": lambda: n.load_state_dict(row),
     "block scales": lambda: n.load_state_dict(block),
     "ratio": lambda: n.load_state_dict(row, method="ratio"),
@@ -80,6 +101,14 @@ def test_a_child_may_use_torchs_threads(tmp_path: Path) -> None:
     )
     save("row", {"a.weight": codes(70_000, 32), "a.weight_scale": torch.rand(70_000, generator=generator)})
     save("bare", {"a.weight": codes(600, 2048)})
+    moe = {}
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        shape = (1024, 2048) if part == "down_proj" else (2048, 1024)
+        for expert in range(3):
+            name = f"model.layers.0.mlp.experts.{expert}.{part}"
+            moe[f"{name}.weight"] = codes(*shape)
+            moe[f"{name}.weight_scale_inv"] = torch.rand(shape[0] // 128, shape[1] // 128, generator=generator) + 0.5
+    save("moe", moe, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         env.pop(name, None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import CODES, codes
 
-from neuron_fp8_loader import neuron_view
+from neuron_fp8_loader import OptionError, neuron_view
 from neuron_fp8_loader.codes.formats import FNUZ, HALF, METHODS, NEURON_VALUES, RATIO, Table
 
 
@@ -149,5 +149,5 @@ def test_neuron_view_takes_any_shape():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e5m2, torch.float8_e4m3fnuz])
 def test_neuron_view_refuses_other_dtypes(dtype):
-    with pytest.raises(TypeError, match="float8_e4m3fn"):
+    with pytest.raises(OptionError, match="float8_e4m3fn"):
         neuron_view(torch.zeros(2).to(dtype))

@@ -12,7 +12,7 @@ from neuron_fp8_loader.codes import requantize
 from neuron_fp8_loader.codes.dequantize import dequantize_slice
 from neuron_fp8_loader.codes.formats import HALF, RATIO
 
-SIZES = [(1, 1), (1, 31), (1, 32), (2, 33), (3, 65), (5, 128), (4, 200), (1, 4097)]
+SIZES = [(1, 1), (1, 31), (1, 32), (2, 33), (3, 65), (5, 128), (4, 200), (1, 4097), (70, 130)]
 BLOCKS = [(1, 1), (2, 32), (128, 128), (3, 7)]
 
 
@@ -36,6 +36,9 @@ def test_every_path_as_torch_does(monkeypatch: pytest.MonkeyPatch, shape: tuple[
             dst = torch.empty_like(codes)
             out += [torch.tensor(kernel.translate(codes, dst, table)), dst]
         out.append(kernel.histogram(codes))
+        wide = torch.full((shape[1] + 1, shape[0] + 3), 0xAB, dtype=torch.uint8)  # placed within, nothing beside it
+        kernel.place(codes, wide[:-1, 2:-1])
+        out.append(wide)
         for block in BLOCKS:
             draw = torch.Generator().manual_seed(1)
             scale = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), generator=draw) + 0.1

@@ -380,7 +380,7 @@ def test_a_scale_of_several_weights(tmp_path):
     twin = replace(plan.tensors["e.w1.weight"], name="e.w3.weight")
     pair = plan.pairs[0]
     plan = replace(
-        plan, tensors={**plan.tensors, "e.w3.weight": twin}, pairs=(pair, replace(pair, weight="e.w3.weight"))
+        plan, tensors={**plan.tensors, "e.w3.weight": twin}, pairs=(pair, pair._replace(weight="e.w3.weight"))
     )
     recipe = make_recipe(plan, Options().what)
     both = regions(recipe, {"*.weight": (0, 0, 4)})
@@ -391,7 +391,7 @@ def test_a_scale_of_several_weights(tmp_path):
 
 def test_weights_that_come_out_in_another_shape_are_refused(mixed):
     recipe = make_recipe(plan_checkpoint(mixed), Options().what)
-    fused = replace(recipe.steps["a.weight"], out="fused", shape=(2, 64, 32))
+    fused = recipe.steps["a.weight"]._replace(out="fused", shape=(2, 64, 32))
     recipe = replace(recipe, steps={**recipe.steps, "a.weight": fused})
     with pytest.raises(OptionError, match=r"a\.weight \[64, 32\] -> fused \[2, 64, 32\]"):
         Regions(open_checkpoint(mixed), recipe, ALL, Options())

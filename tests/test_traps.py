@@ -34,6 +34,7 @@ from neuron_fp8_loader import (
     safe_open,
 )
 from neuron_fp8_loader.codes.granularity import granularity
+from neuron_fp8_loader.tools.scan import scan_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -398,6 +399,35 @@ def test_13_fnuz_weights_keep_their_value(way: str, method: str, tmp_path: Path)
     # no factor, so no change of its scale; its input scale was calibrated for 240
     assert same(after["a.weight_scale"], fnuz()["a.weight_scale"])
     assert same(after["a.input_scale"], fnuz()["a.input_scale"])
+
+
+@pytest.mark.parametrize("way", ["state dict", "load_state_dict", "slices", "safe_open", "scan"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
+def test_13_a_scale_of_fnuz_weights_is_held_to_what_others_are(way: str, value: float, tmp_path: Path) -> None:
+    def refused(weight: str) -> bool:
+        directory = tmp_path / weight
+        directory.mkdir()
+        file = directory / "model.safetensors"
+        before = {"a.weight": made({"w": f"{weight} 4 4"})["w"], "a.weight_scale": torch.tensor([[value]])}
+        before["a.weight"] = torch.full((4, 4), 0x10, dtype=torch.uint8).view(before["a.weight"].dtype)
+        written(directory, before)
+        try:
+            if way == "state dict":
+                rescale_state_dict(dict(before))
+            elif way == "load_state_dict":
+                load_state_dict(file)
+            elif way == "slices":
+                load_state_dict(file, slices={"a.weight": (0, 0, 2)})
+            elif way == "scan":
+                return bool(scan_checkpoint(file).refusals)
+            else:
+                with safe_open(file) as opened:
+                    opened.get_tensor("a.weight_scale")
+        except ScaleError:
+            return True
+        return False
+
+    assert refused("fp8") == refused("fnuz") == (not np.isfinite(value))
 
 
 def test_13_the_nan_of_fnuz_is_0x80(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, Shown, listing
 from ..host.cache import cached
 from .find import find
 from .given import existing
@@ -133,7 +133,7 @@ class _Whole:
         if index is not None:
             problems += index.compare(self.tensors)
         if problems:
-            advice = f"\nIf {index.path.name} belongs to other files, move it away." if index else ""
+            advice = f"\nIf {Shown(index.path.name)} belongs to other files, move it away." if index else ""
             raise CheckpointError(
                 f"{index.path if index else path}: the shards do not fit together, "
                 f"{listing('problem', problems)}{advice}"

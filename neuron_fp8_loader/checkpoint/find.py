@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from .given import nothing_in, require_format
 from .index import SHARD, SUFFIX, Index
 
@@ -81,8 +81,7 @@ def _index_of(file: Path) -> Index | None:
         if len({index.files for index in chosen}) > 1:
             raise CheckpointError(
                 f"{file}: is listed by {len(chosen)} indexes, of different files "
-                f"({', '.join(index.path.name for index in chosen)}); give the path of one of them, or move the other "
-                "away"
+                f"({_names(index.path for index in chosen)}); give the path of one of them, or move the other away"
             )
         if chosen:
             return chosen[0]
@@ -106,8 +105,8 @@ def _index_in(directory: Path, shards: Sequence[Path]) -> Index | None:
         indexes = [index for index in indexes if any(os.path.exists(file) for file in index.files)]
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{directory}: {len(indexes)} indexes ({', '.join(index.path.name for index in indexes)}); give the path "
-            "of one of them"
+            f"{directory}: {len(indexes)} indexes ({_names(index.path for index in indexes)}); give the path of one "
+            "of them"
         )
     return indexes[0] if indexes else None
 
@@ -119,7 +118,7 @@ def _require_one_set(directory: Path, shards: Sequence[Path]) -> None:
     if len(sets) != 1 or None in parts:
         raise CheckpointError(
             f"{directory}: {len(shards)} .safetensors files and no index; give the path of one file. "
-            f"There are {', '.join(s.name for s in shards[:5])}{' ...' if len(shards) > 5 else ''}"
+            f"There are {_names(shards[:5])}{' ...' if len(shards) > 5 else ''}"
         )
     count, there = int(next(iter(sets))[1]), {int(m["number"]) for m in parts if m}
     if count < 1 or max(there) > count:
@@ -138,3 +137,7 @@ def _require_one_set(directory: Path, shards: Sequence[Path]) -> None:
 def _some(numbers: Iterable[int]) -> str:
     first = list(islice(numbers, 11))
     return ", ".join(f"{n:05d}" for n in first[:10]) + (" ..." if len(first) > 10 else "")
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(printable(file.name) for file in files)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, Shown, ShownPath
 from .regular import stamp
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -29,15 +29,15 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _GGUF = b"GGUF"
 
 
-def existing(path: str | os.PathLike[str]) -> Path:
-    """The path, which leads to a directory or a regular file.
+def existing(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """The path, given as ``argument``, which leads to a directory or a regular file.
 
     Raises:
         CheckpointError: there is none; the text says what the path looks like and what to do.
         OptionError: not a path at all.
     """
     if not isinstance(path, str | os.PathLike):
-        raise OptionError(f"path={path!r}: expected a path, not a {type(path).__name__}")
+        raise OptionError(f"{argument}={path!r}: expected a path, not a {type(path).__name__}")
     given = os.fsdecode(path)
     if not given:
         raise CheckpointError("the path is empty; give a directory, a .safetensors or .bin file, or an index")
@@ -51,10 +51,10 @@ def existing(path: str | os.PathLike[str]) -> Path:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CheckpointError(f"{given[:200]!r}: cannot be read: {reason}") from error
     if not found:
-        raise CheckpointError(f"{given}: {_missing(given)}")
+        raise CheckpointError(f"{Shown(given)}: {_missing(given)}")
     if not os.path.isdir(given):
-        stamp(Path(given))
-    return Path(given)
+        stamp(ShownPath(given))
+    return ShownPath(given)
 
 
 def existing_file(path: str | os.PathLike[str], function: str) -> Path:
@@ -63,10 +63,10 @@ def existing_file(path: str | os.PathLike[str], function: str) -> Path:
     Raises:
         CheckpointError: there is none, or it is of another kind.
     """
-    file = existing(path)
+    file = existing(path, "filename")
     if file.is_dir():
         raise CheckpointError(
-            f"{os.fspath(path)}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"
+            f"{file}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"
         )
     require_format(file)
     return file
@@ -109,7 +109,7 @@ def nothing_in(directory: Path) -> str:
     for file in sorted(directory.iterdir()):
         other = _OTHER_FORMATS.get(file.suffix.lower())
         if other:
-            return f"no checkpoint here; {file.name} {other}"
+            return f"no checkpoint here; {Shown(file.name)} {other}"
     return "no checkpoint here; expected *.safetensors, *.safetensors.index.json or pytorch_model.bin"
 
 
@@ -119,6 +119,6 @@ def _missing(given: str) -> str:
     if _HUB_ID.fullmatch(given) and not os.path.exists(os.path.dirname(given)):
         return (
             "is neither a file nor a directory; it looks like a Hub id: download it first with "
-            f"`hf download {given} --local-dir DIR`, and give DIR"
+            f"`hf download {Shown(given)} --local-dir DIR`, and give DIR"
         )
     return "no such file or directory"

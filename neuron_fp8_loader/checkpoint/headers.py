@@ -13,7 +13,7 @@ import safetensors
 import torch
 
 from ..codes.formats import E4M3FN, E4M3FNUZ
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Shown
 from ..host.cache import cached
 from .bin import load_bin
 from .given import refuse_stand_in
@@ -124,20 +124,22 @@ def _tensors(file: Path, content: Mapping[str, Any], begin: int) -> list[TensorI
     for name, entry in sorted(content.items(), key=lambda item: (*item[1]["data_offsets"], item[0])):
         start, end = entry["data_offsets"]
         if start + begin != position:
-            raise CheckpointError(f"{file}: {name} begins at byte {start} of the data, not at {position - begin}")
+            raise CheckpointError(
+                f"{file}: {Shown(name)} begins at byte {start} of the data, not at {position - begin}"
+            )
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(
-                f"{file}: {name} has an unknown dtype {entry['dtype']!r}; a newer version may know it"
+                f"{file}: {Shown(name)} has an unknown dtype {entry['dtype']!r}; a newer version may know it"
             )
         dtype, bits = _DTYPES[entry["dtype"]]
         shape = tuple(entry["shape"])
         if end == start and math.prod(max(1, length) for length in shape) * bits > _LARGEST:
-            raise CheckpointError(f"{file}: {name} has the shape {list(shape)}, which is too large for torch")
+            raise CheckpointError(f"{file}: {Shown(name)} has the shape {list(shape)}, which is too large for torch")
         if bits == 4:
             if not shape or shape[-1] % 2:
                 raise CheckpointError(
-                    f"{file}: {name} is F4 of shape {list(shape)}; two values share a byte, so the last dimension "
-                    "must be even"
+                    f"{file}: {Shown(name)} is F4 of shape {list(shape)}; two values share a byte, so the last "
+                    "dimension must be even"
                 )
             shape = (*shape[:-1], shape[-1] // 2)
         found.append(TensorInfo(name, dtype, shape, end - start, file, position))

@@ -85,7 +85,7 @@ def _read(index: Path) -> dict[str, str]:
         raise CheckpointError(f'{index}: not a checkpoint index: expected an object with "weight_map"')
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{index}: not a checkpoint index: {tensor} is mapped to {name!r}, not to a file")
+            raise CheckpointError(f"{index}: not a checkpoint index: {tensor!r} is mapped to {name!r}, not to a file")
     for name in set(weight_map.values()):
         parts = Path(name).parts
         if not parts or "\0" in name or Path(name).is_absolute() or ".." in parts:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of one tensor.
 
@@ -41,7 +41,7 @@ class TensorInfo:
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(
-                f"{self.file}: {self.name} is {self.dtype}, which torch {torch.__version__} does not have; "
+                f"{self.file}: {Shown(self.name)} is {self.dtype}, which torch {torch.__version__} does not have; "
                 "install a newer torch"
             )
         return dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Shown
 from ..host.memory import allocate, buffer, populate
 from ..host.parallel import PIECE, progress, run
 from .info import TensorInfo
@@ -73,7 +73,7 @@ def read_ranges(
             got = fill(file, handles[file], [buffer(part) for part in parts], offset)
             if got < sum(r.nbytes for r in together):
                 raise CheckpointError(
-                    f"{file}: ends at byte {offset + got}, in the data of {first.info.name}; was it truncated?"
+                    f"{file}: ends at byte {offset + got}, in the data of {Shown(first.info.name)}; was it truncated?"
                 )
             for r, part in zip(together, parts, strict=True):
                 if r.see is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import attrgetter
@@ -15,7 +16,8 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
+from ..host.collector import uncollected
 from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
@@ -24,10 +26,11 @@ from .regular import Opened, Stamp, fill
 Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+_SECONDS_OF_READING = 1 << 28  # bytes, at most; below, what the collector finds to do is most of the work
 _WORTH_POPULATING = 1 << 16  # bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class Decision:
     """Whether the weights that share a scale are converted: settled by the first code that does not fit.
 
@@ -35,11 +38,10 @@ class Decision:
     """
 
     convert: bool = False
-    deferred: list[tuple[str, int, int]] = field(default_factory=list)
+    deferred: list[_Segment] | None = None
 
 
-@dataclass(frozen=True)
-class WeightJob:
+class WeightJob(NamedTuple):
     """What to do with the bytes of one FP8 weight: translate them by ``table`` if ``decision`` says so, or only
     count them (no decision)."""
 
@@ -85,30 +87,32 @@ def read(
     Raises:
         CheckpointError: a file cannot be read, ends early, or was replaced or written to since its header was read.
     """
-    dtypes = {info.dtype: info.torch_dtype for info in infos}
-    tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
-    raw = {name: as_bytes(tensors[name]) for name in weights}
+    with uncollected():
+        dtypes = {info.dtype: info.torch_dtype for info in infos}
+        tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
+        cut = _cut(infos)
     counts = dict.fromkeys(weights, Counts())
     lock = threading.Lock()
 
-    def count(name: str, seen: Counts) -> None:
+    def settle(segment: _Segment) -> None:
+        name, start, end = segment
+        job, part = weights[name], as_bytes(tensors[name])
+        if end - start < part.numel():
+            part = part[start:end]
+        decision = job.decision
+        if decision is not None and decision.convert:
+            seen = translate(part, part, job.table)
+        else:
+            seen = translate(part, None, job.table)
+            if decision is not None and seen.above:
+                decision.convert = True
+                translate(part, part, job.table)
+            elif decision is not None:
+                with lock:
+                    decision.deferred = decision.deferred or []
+                    decision.deferred.append(segment)
         with lock:
             counts[name] = counts[name] + seen
-
-    def settle(name: str, start: int, end: int) -> None:
-        job, part = weights[name], raw[name][start:end]
-        if job.decision is None or not job.decision.convert:
-            seen = translate(part, None, job.table)
-            count(name, seen)
-            if job.decision is None:
-                return
-            if not seen.above:
-                job.decision.deferred.append((name, start, end))
-                return
-            job.decision.convert = True
-            translate(part, part, job.table)
-        else:
-            count(name, translate(part, part, job.table))
 
     total = sum(info.nbytes for info in infos)
     with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
@@ -120,11 +124,12 @@ def read(
             _fill(handles[piece.file], piece, [_memory(tensors[s.name], s.start, s.end) for s in piece.segments])
             for segment in piece.segments:
                 if segment.name in weights:
-                    settle(segment.name, segment.start, segment.end)
+                    settle(segment)
             advance(piece.nbytes)
 
-        run(_cut(infos), work, threads)
-    _finish_deferred(weights, raw, threads)
+        with uncollected() if total <= _SECONDS_OF_READING else nullcontext():
+            run(cut, work, threads)
+    _finish_deferred(weights, tensors, threads)
     return tensors, counts
 
 
@@ -179,13 +184,13 @@ def visit(
         run(_cut(infos), work, threads)
 
 
-def _finish_deferred(weights: Mapping[str, WeightJob], raw: Mapping[str, torch.Tensor], threads: int) -> None:
+def _finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:
     decisions = {id(job.decision): job.decision for job in weights.values() if job.decision is not None}
-    late = [part for decision in decisions.values() if decision.convert for part in decision.deferred]
+    late = [part for decision in decisions.values() if decision.convert for part in decision.deferred or ()]
 
-    def work(part: tuple[str, int, int]) -> None:
+    def work(part: _Segment) -> None:
         name, start, end = part
-        piece = raw[name][start:end]
+        piece = as_bytes(tensors[name])[start:end]
         translate(piece, piece, weights[name].table)
 
     run(late, work, threads)
@@ -239,7 +244,7 @@ def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:
 def _fill(handle: int, piece: _Piece, buffers: list[memoryview]) -> None:
     got = fill(piece.file, handle, buffers, piece.offset)
     if got < piece.nbytes:
-        names = ", ".join(s.name for s in piece.segments[:3])
+        names = ", ".join(printable(s.name) for s in piece.segments[:3])
         raise CheckpointError(
             f"{piece.file}: ends at byte {piece.offset + got}, in the data of {names}; was it truncated?"
         )

@@ -170,9 +170,11 @@ def fill(file: Path, handle: int, buffers: list[memoryview], offset: int) -> int
         if got == 0:
             break
         total += got
-        while buffers and got >= len(buffers[0]):
-            got -= len(buffers[0])
-            buffers = buffers[1:]
+        full = 0
+        while full < len(buffers) and got >= len(buffers[full]):
+            got -= len(buffers[full])
+            full += 1
+        buffers = buffers[full:]
         if got:
             buffers = [buffers[0][got:], *buffers[1:]]
     return total

@@ -11,7 +11,7 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Shown
 from ..host.memory import allocate, as_bytes, buffer, shaped
 from ..host.parallel import pieces, run
 from . import reader
@@ -88,7 +88,7 @@ class SafetensorsSource:
                 if got < out.numel():
                     end = info.offset + start + got
                     raise CheckpointError(
-                        f"{info.file}: ends at byte {end}, in the data of {info.name}; was it truncated?"
+                        f"{info.file}: ends at byte {end}, in the data of {Shown(info.name)}; was it truncated?"
                     )
 
             yield fill_from

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json
+from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json, shell
 
 if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
@@ -70,7 +70,7 @@ def config(
       neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
     from ..tools.settings import plugin_settings_for, settings_for
-    from ..tools.shards import beside
+    from ..tools.shards import Target, beside
 
     if stack == "vllm-neuron":
         if modules_file or experts:
@@ -87,7 +87,8 @@ def config(
     settings = settings_for(ckpt, tp_degree=tp_degree, method=method, experts=experts)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
-        with beside(Path(modules_file)) as file:
+        target = Path(modules_file)
+        with beside(Target(target.parent, Path(target.name))) as file:
             file.write((json.dumps({"modules_to_not_convert": names}, indent=2) + "\n").encode())
     demo = inference_demo_arguments(settings, modules_file or _MODULES_FILE)
     if as_json:
@@ -138,10 +139,10 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     lines += [f"    {name}={_python(value)}," for name, value in values.items()]
     lines += ["    # ... and what you pass otherwise", ")"]
     override = json.dumps({"override_neuron_config": values})
-    lines += ["", "# vLLM", f"vllm serve {shlex.quote(str(values['quantized_checkpoints_path']))} \\"]
+    lines += ["", "# vLLM", f"vllm serve {shell(str(values['quantized_checkpoints_path']))} \\"]
     if "tp_degree" in values:
         lines += [f"    --tensor-parallel-size {values['tp_degree']} \\"]
-    lines += [f"    --additional-config {shlex.quote(override)}"]
+    lines += [f"    --additional-config {shell(override)}"]
     lines += ["", "# inference_demo, which has no option of its own for the flag"]
     if "--modules-to-not-convert-file" in demo and not modules_file:
         lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
@@ -155,7 +156,7 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
 def _plugin_text(settings: PluginSettings, method: str) -> str:
     if not settings.fp8:
         return "\n".join(settings.notes)
-    command = shlex.join(settings.command)
+    command = " ".join(map(shell, settings.command))
     export = " ".join(f"{name}={value}" for name, value in settings.environment.items())
     if method != "half":
         command = f"{export} {command}"  # the name alone stands for half
@@ -171,7 +172,7 @@ def _words(arguments: list[str]) -> list[str]:
     words: list[str] = []
     for argument in arguments:
         starts = argument.startswith("--") or argument == "run"
-        words.append(("\\\n    " if starts and words else "") + shlex.quote(argument))
+        words.append(("\\\n    " if starts and words else "") + shell(argument))
     return words
 
 

@@ -162,6 +162,18 @@ def echo(text: str) -> None:
     click.echo(printable(text, keep="\n"))
 
 
+def shell(text: str) -> str:
+    """Text as one word of a shell; where a terminal would act on it, escaped as bash, zsh and ksh read it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else _octal(c) for c in plain) + "'"
+
+
+def _octal(character: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
 def console() -> Console:
     """stdout: colours on a terminal, plain text of any width elsewhere."""
     from rich.console import Console

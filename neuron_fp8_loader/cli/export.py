@@ -17,6 +17,7 @@ from .console import (
     load_options,
     print_json,
     say,
+    shell,
     threads_option,
 )
 
@@ -57,7 +58,7 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
             count = sum(step.action == action for step in made.recipe.weights)
             done += [f"{count} {what}"] if count else []
         echo(f"done: {', '.join(done)}")
-        echo(f"check it: neuron-fp8 verify {out} --against {ckpt}")
+        echo(f"check it: neuron-fp8 verify {shell(str(out))} --against {shell(ckpt)}")
 
 
 def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bool) -> dict[str, Any]:

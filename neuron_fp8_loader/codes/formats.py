@@ -13,6 +13,8 @@ from functools import cached_property
 
 import torch
 
+from ..errors import OptionError
+
 E4M3FN = torch.float8_e4m3fn
 E4M3FNUZ = torch.float8_e4m3fnuz
 
@@ -121,9 +123,11 @@ def neuron_view(weight: torch.Tensor) -> torch.Tensor:
         float32 of the same shape: equal to ``weight.float()`` up to +-240; +-inf for code 0x78 (256), nan above.
 
     Raises:
-        TypeError: another dtype.
+        OptionError: another dtype, or no tensor.
     """
+    if not isinstance(weight, torch.Tensor):
+        raise OptionError(f"weight={weight!r}: expected a tensor of float8_e4m3fn, not a {type(weight).__name__}")
     if weight.dtype not in (E4M3FN, torch.uint8):
-        raise TypeError(f"neuron_view takes float8_e4m3fn (or uint8 bytes), not {weight.dtype}")
+        raise OptionError(f"neuron_view takes float8_e4m3fn (or uint8 bytes), not {weight.dtype}")
     codes = weight.detach().view(torch.uint8).cpu()
     return NEURON_VALUES[codes.int()]

@@ -66,16 +66,19 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
     """
     if active not in _RUN_HERE:
         raise OptionError(f"{ENV}={active}: no such path here; there are {', '.join(_RUN_HERE)}")
-    n = src.numel()
-    for t in (src,) if dst is None else (src, dst):
+    n = src.numel() if isinstance(src, torch.Tensor) else 0
+    for t in (src,) if dst is None or dst is src else (src, dst):  # spelt out: a checkpoint may have 50,000 of 1 kB
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"translate takes contiguous uint8 CPU tensors of one length, not {t!r}")
         if t.dtype != torch.uint8 or not t.is_contiguous() or t.device.type != "cpu" or t.numel() != n:
             raise ValueError(f"translate takes contiguous uint8 CPU tensors of one length, not {t.dtype} {t.shape}")
     if n == 0:
         return Counts()
     if active == "torch" or not table.symmetric:
         return _translate_torch(src, dst, table)
-    target = (0, 0) if dst is None else _span(dst)
-    return Counts(*_kernel.translate(active, *_span(src), *target, table.symmetric))
+    at = src.data_ptr()
+    target = 0 if dst is None else at if dst is src else dst.data_ptr()
+    return Counts(*_kernel.translate(active, at, n, target, n if target else 0, table.symmetric))
 
 
 def histogram(src: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,14 @@ class Convention:
     scale_transposed: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("name", "producers"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"convention {self.name!r}: {name}={getattr(self, name)!r}: expected a text")
+        if not isinstance(self.beats, tuple) or not all(isinstance(name, str) for name in self.beats):
+            raise OptionError(f"convention {self.name!r}: beats={self.beats!r}: expected a tuple of names")
+        for name in ("transposed", "scale_transposed"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"convention {self.name!r}: {name}={getattr(self, name)!r}: expected True or False")
         for template in (self.weight, self.scale):
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise OptionError(f"convention {self.name!r}: {template!r} must hold exactly one {{}}")

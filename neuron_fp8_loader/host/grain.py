@@ -24,6 +24,15 @@ def entries(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, index.reshape(-1).long()).view(index.shape)
 
 
+def copy_matrix(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a matrix of any strides into another of its shape."""
+    rows, columns = source.shape
+    for top in range(0, rows, rows_at_once(columns)):
+        some = slice(top, top + rows_at_once(columns))
+        for left in range(0, columns, GRAIN):
+            target[some, left : left + GRAIN].copy_(source[some, left : left + GRAIN])
+
+
 def mapped(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``work`` on each element: a new contiguous tensor of ``dtype`` and of the tensor's shape."""
     out = torch.empty(tensor.shape, dtype=dtype, device="cpu")

@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +38,7 @@ from torch.futures import Future
 from ..checkpoint import open_checkpoint
 from ..codes.dequantize import scale_values
 from ..codes.scales import is_e8m0
-from ..errors import CheckpointError, OptionError, listing
+from ..errors import CheckpointError, OptionError, ShownPath, listing, printable
 from ..load.regions import Regions, Wanted
 from ..options import Options
 from ..plan import ALL, Step, Verdict, recipe_for
@@ -89,19 +88,20 @@ class NeuronStorageReader(HuggingFaceStorageReader):
         self._open()
 
     def _open(self) -> None:
-        path = Path(self.path)
+        path = ShownPath(self.path)
         parts = sorted((path if path.is_dir() else path.parent).glob("shard-*-model-*.safetensors"))
         if len(parts) > 1:
             raise CheckpointError(
-                f"{path}: {parts[0].name} and {len(parts) - 1} more are what the ranks of a HuggingFaceStorageWriter "
-                "saved, each its parts of tensors; save with enable_consolidation=True and give the path of the result"
+                f"{path}: {printable(parts[0].name)} and {len(parts) - 1} more are what the ranks of a "
+                "HuggingFaceStorageWriter saved, each its parts of tensors; save with enable_consolidation=True and "
+                "give the path of the result"
             )
         checkpoint = open_checkpoint(path)
         self._recipe = recipe_for(checkpoint, self._options)
         self._names = [info.name for info in checkpoint.selected_tensors()]
         self._regions = Regions(checkpoint, self._recipe, self._verdict, self._options)
         for warning in self._recipe.plan.warnings:
-            log.warning("%s: %s", self.path, warning)
+            log.warning("%s: %s", printable(str(self.path)), warning)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start over, on another checkpoint if ``checkpoint_id`` is the path of one; called by ``dcp.load``."""
@@ -166,7 +166,7 @@ class NeuronStorageReader(HuggingFaceStorageReader):
         if bare:
             log.warning(
                 "%s: codes without their scales, which the state dict does not have, of %s",
-                self.path,
+                printable(str(self.path)),
                 listing("FP8 weight", sorted(bare), limit=3),
             )
 

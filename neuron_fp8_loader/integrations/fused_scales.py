@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..codes.requantize import Fidelity, requantize, tiles
-from ..errors import OptionError, ScaleError
+from ..errors import OptionError, ScaleError, printable
 from ..host.parallel import run
 from .experts import Part, Placed, find
 from .flag import BLOCKWISE, quantization_type
@@ -97,7 +97,7 @@ def attach_scales(
         cost += lost
     if found:
         more = "" if cost.signal == 0 else f"; one scale for all experts cost {cost.sqnr:.1f} dB"
-        log.info("%s: scales of %d stacks of experts, %s%s", source, len(found), form.kind, more)
+        log.info("%s: scales of %d stacks of experts, %s%s", printable(source), len(found), form.kind, more)
 
 
 def _scale(stack: Placed, form: Form, threads: int) -> tuple[torch.Tensor, Fidelity]:

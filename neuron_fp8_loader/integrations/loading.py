@@ -17,7 +17,7 @@ import torch
 from ..checkpoint import describe
 from ..checkpoint.declared import read_declared
 from ..conventions import module_of
-from ..errors import listing
+from ..errors import Shown, listing
 from ..load.files import load_checkpoint
 from ..load.state_dict import rescale_by
 from ..options import Options
@@ -163,14 +163,14 @@ def get_state_dict(original: Callable[..., Any], cls: type, path: str, config: A
     with _within(session):  # None too: a draft without the flag is not the target's business
         if session is None:
             return original(cls, path, config, *args, **kwargs)
-        with explained(str(path)):
+        with explained(Shown(path)):
             state_dict = original(_ready_before_conversion(cls, session, path, config), path, config, *args, **kwargs)
     _check(state_dict, path, session)
     if not config.neuron_config.is_mlp_quantized() or session.quantized:
         head = f"{session.prefix}." if session.prefix else ""
         mine = {name.removeprefix(head): value for name, value in state_dict.items()}
         unscaled = session.unscaled if session.options.get("unscaled") != "dequantize" else ()
-        check_complete(mine, session.scales, str(path), quantized=session.quantized, unscaled=unscaled)
+        check_complete(mine, session.scales, Shown(path), quantized=session.quantized, unscaled=unscaled)
     return state_dict
 
 
@@ -196,7 +196,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         converted = convert(state_dict, *args, **kwargs)
         if parts:
             form = Form.of(config.neuron_config, session.modules)
-            attach_scales(converted, parts, form, str(path), Options.of(session.options).thread_count())
+            attach_scales(converted, parts, form, Shown(path), Options.of(session.options).thread_count())
         return converted
 
     namespace = {
@@ -247,7 +247,7 @@ def save_quantized_state_dict(
 
 
 def _check(state_dict: Mapping[str, Any], path: str | Path, session: Session) -> None:
-    check_ready(state_dict, str(path), Options.of(session.options))
+    check_ready(state_dict, Shown(path), Options.of(session.options))
 
 
 def invoke_preshard_hook(original: Callable[..., Any], module: Any, checkpoint: Any, prefix: str = "") -> Any:

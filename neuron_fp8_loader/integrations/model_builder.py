@@ -8,6 +8,7 @@ from typing import Any, ParamSpec
 
 import torch
 
+from ..errors import OptionError
 from ..load.state_dict import rescale_state_dict
 from ..options import Options
 from .check import check_ready
@@ -31,9 +32,13 @@ def wrap_checkpoint_loader(
         e4m3fn weight above 240 is left.
 
     Raises:
-        OptionError: at once, for wrong options.
+        OptionError: at once, for wrong options, or where ``fn`` is no function.
     """
     chosen = Options.of(options)
+    if not callable(fn):
+        raise OptionError(f"fn={fn!r}: expected a function that returns a state dict, not a {type(fn).__name__}")
+    if not isinstance(inplace, bool):
+        raise OptionError(f"inplace={inplace!r}: expected True or False")
 
     @functools.wraps(fn)
     def load(*args: P.args, **kwargs: P.kwargs) -> dict[str, torch.Tensor]:

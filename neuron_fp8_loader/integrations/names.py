@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..conventions import module_of
-from ..errors import listing
+from ..errors import listing, printable
 from ..plan import Plan
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -80,7 +80,7 @@ def modules_to_not_convert(plan: Plan, dequantized: Collection[str] = ()) -> lis
         log.warning(
             "%s: modules_to_not_convert cannot name, without naming an FP8 module too, %s\n"
             "NxD Inference may miss their scales; dequantize the FP8 modules beside them.",
-            plan.source,
+            printable(plan.source),
             listing("module", lost),
         )
     return sorted(found, key=_natural)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import describe, load_bin
-from ..errors import Fp8LoaderError, OptionError, listing
+from ..errors import Fp8LoaderError, OptionError, Shown, listing, printable
 from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
@@ -107,7 +107,7 @@ def _check_dtype(kwargs: Mapping[str, Any]) -> None:
     if dtype == "f8e4m3fn":
         reason = 'NxD Inference passes the compiler flag for FP8 weights for "f8e4m3" only'
     elif dtype != "f8e4m3" and _holds_fp8(path):
-        reason = f"{path} holds float8_e4m3fn weights, whose values would be cast"
+        reason = f"{Shown(path)} holds float8_e4m3fn weights, whose values would be cast"
     else:
         return
     raise OptionError(f'quantization_dtype="{dtype}": {reason}; with {FLAG} write quantization_dtype="f8e4m3"')
@@ -133,14 +133,14 @@ def _settle_list(
     if plan is None:
         return
     if not draft and not has_fp8(plan):
-        log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", path, FLAG)
+        log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", printable(str(path)), FLAG)
         return
     out = _plain(plan, options)
     given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)
         if filled:
-            log.info("%s: %s = %s", path, LIST, filled)
+            log.info("%s: %s = %s", printable(str(path)), LIST, filled)
             kwargs[LIST] = filled
         return
     listed, missing = contradictions(plan, given, out)
@@ -149,7 +149,7 @@ def _settle_list(
     if missing:
         problems = [f"not FP8 in the checkpoint, or not loaded so, and not listed: {name}" for name in missing]
         raise OptionError(
-            f"{LIST} contradicts {path}, {listing('module', problems)}\n"
+            f"{LIST} contradicts {Shown(path)}, {listing('module', problems)}\n"
             f"NxD Inference looks for their scales in vain. "
             f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import OptionError
 from ..load.state_dict import rescale_state_dict
 from ..options import Options
 
@@ -25,10 +26,12 @@ def rescale_on_load(module: torch.nn.Module, **options: Any) -> RemovableHandle:
         a handle: ``handle.remove()`` ends it, and so does leaving a ``with`` block.
 
     Raises:
-        OptionError: wrong options. ``load_state_dict`` raises Fp8LoaderError as ``rescale_state_dict`` does, before
-        anything of ``module`` is loaded.
+        OptionError: wrong options, or no module. ``load_state_dict`` raises Fp8LoaderError as ``rescale_state_dict``
+            does, before anything of ``module`` is loaded.
     """
     Options.of(options)
+    if not isinstance(module, torch.nn.Module):
+        raise OptionError(f"module={module!r}: expected a torch.nn.Module, not a {type(module).__name__}")
     handle: RemovableHandle = module.register_load_state_dict_pre_hook(_Hook(options))
     return handle
 

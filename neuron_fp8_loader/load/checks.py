@@ -10,6 +10,7 @@ from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import check_scale, rescaled
 from ..errors import ScaleError, WeightError, listing
+from ..host.grain import GRAIN
 from ..host.parallel import pieces, run
 from ..plan import Recipe, Step, Verdict
 
@@ -79,21 +80,73 @@ def new_scales(recipe: Recipe, tensors: Tensors, verdict: Verdict) -> dict[str, 
         ScaleError: a scale is not finite, or its new value does not exist in its dtype. All of them at once.
     """
     new: dict[str, torch.Tensor] = {}
-    problems: list[str] = []
+    problems: dict[str, str] = {}
+    batches: dict[object, list[Step]] = {}
+    sizes: dict[object, int] = {}
+
+    def settle(steps: list[Step]) -> None:
+        """Together, and one by one where something is wrong with one of them."""
+        if len(steps) > 1:
+            try:
+                new.update(_together(recipe, steps, tensors, verdict))
+                return
+            except ScaleError:
+                pass
+        for step in steps:
+            try:
+                made = _scale(recipe, step, tensors[step.name], verdict, recipe.plan.where(step.name))
+            except ScaleError as error:
+                problems[step.name] = str(error)
+            else:
+                new.update({} if made is None else {step.name: made})
+
     for step in recipe.steps.values():
-        if step.role not in ("scale", "activation scale") or step.name not in tensors:
+        scale = tensors.get(step.name) if step.role in ("scale", "activation scale") else None
+        if scale is None:
             continue
-        where = recipe.plan.where(step.name)
-        try:
-            if recipe.what.nan == "error":
-                check_scale(tensors[step.name], where)
-            if step.action == "scale" and verdict.applies(step):
-                new[step.name] = rescaled(tensors[step.name], recipe.table, where, reciprocal=step.reciprocal)
-        except ScaleError as error:
-            problems.append(str(error))
+        count = scale.numel()
+        if type(scale) is not torch.Tensor or scale.dtype not in _FLOATS or count > GRAIN // 8:
+            settle([step])
+            continue
+        kind = (scale.dtype, step.action == "scale" and verdict.applies(step), step.reciprocal)
+        if sizes.get(kind, 0) + count > GRAIN:
+            settle(batches.pop(kind))
+            sizes[kind] = 0
+        batches.setdefault(kind, []).append(step)
+        sizes[kind] = sizes.get(kind, 0) + count
+    for steps in batches.values():
+        settle(steps)
     if problems:
-        raise ScaleError(f"cannot rescale {listing('scale', problems)}")
+        in_order = [problems[name] for name in recipe.steps if name in problems]
+        raise ScaleError(f"cannot rescale {listing('scale', in_order)}")
     return new
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _scale(recipe: Recipe, step: Step, scale: torch.Tensor, verdict: Verdict, where: str) -> torch.Tensor | None:
+    """The new value of a scale, or None where it stays. Raises ScaleError as ``new_scales``."""
+    if recipe.what.nan == "error":
+        check_scale(scale, where)
+    if step.action == "scale" and verdict.applies(step):
+        return rescaled(scale, recipe.table, where, reciprocal=step.reciprocal)
+    return None
+
+
+def _together(recipe: Recipe, steps: list[Step], tensors: Tensors, verdict: Verdict) -> dict[str, torch.Tensor]:
+    """The new values of small scales of one kind, at the price of one: a checkpoint may have 50,000 of a number each.
+
+    Raises:
+        ScaleError: one of them, at least, is not as it should be.
+    """
+    given = [tensors[step.name] for step in steps]
+    made = _scale(recipe, steps[0], torch.cat([scale.reshape(-1) for scale in given]), verdict, "")
+    if made is None:
+        return {}
+    parts = made.split([scale.numel() for scale in given])
+    # each in memory of its own, as whoever saves or frees them expects
+    return {step.name: part.view(scale.shape).clone() for step, part, scale in zip(steps, parts, given, strict=True)}
 
 
 def laid_out_overflow(recipe: Recipe, counts: Mapping[str, Counts]) -> bool:

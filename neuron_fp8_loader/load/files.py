@@ -15,8 +15,9 @@ import torch
 from ..checkpoint import Checkpoint, Decision, TensorInfo, WeightJob, existing, existing_file, open_checkpoint
 from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError, listing, printable
+from ..errors import CheckpointError, Shown, listing, printable
 from ..host.cache import cached, keep
+from ..host.collector import uncollected
 from ..host.memory import check_mode, needing
 from ..options import Options
 from ..plan import ALL, Plan, Recipe, Verdict, recipe_for
@@ -127,16 +128,18 @@ def load_checkpoint(
     begin = time.perf_counter()
     chosen = Options.of(options)
     place = existing(path)
-    with needing(bytes_on_disk(place), str(path)):  # headers are read through a map of the whole file
-        checkpoint = open_checkpoint(place)
-    recipe = recipe_for(checkpoint, chosen)
+    with uncollected():
+        with needing(bytes_on_disk(place), Shown(place)):  # headers are read through a map of the whole file
+            checkpoint = open_checkpoint(place)
+        recipe = recipe_for(checkpoint, chosen)
     plan = recipe.plan
     for warning in plan.warnings:
         log.warning("%s: %s", printable(plan.source), warning)
     if slices is None and verdict is None:
         state_dict, report = load_by(checkpoint, recipe, chosen)
     else:
-        state_dict, report = load_slices(checkpoint, recipe, chosen, slices or {}, ALL if verdict is None else verdict)
+        cuts, known = {} if slices is None else slices, ALL if verdict is None else verdict
+        state_dict, report = load_slices(checkpoint, recipe, chosen, cuts, known)
     report.seconds = time.perf_counter() - begin
     log.info("%s: %s", printable(plan.source), report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
@@ -201,10 +204,12 @@ class _Load:
         _refuse_torn(self.recipe, self.whole.torn(self.recipe.steps))
         self._check_unscaled_first()
         decisions = self._decisions()
-        jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.as_they_are().weights}
-        # scales of experts too: requantizing needs them first
-        infos = [recipe.plan.tensors[s.name] for s in recipe.steps.values() if s.place is None or s.role == "scale"]
-        with needing(sum(recipe.plan.tensors[name].nbytes for name in recipe.steps), recipe.plan.source):
+        headers = recipe.plan.tensors
+        with uncollected():
+            jobs = {s.name: self._job(s.group, s.action, s.table, decisions) for s in recipe.as_they_are().weights}
+            # scales of experts too: requantizing needs them first
+            infos = [headers[s.name] for s in recipe.steps.values() if s.place is None or s.role == "scale"]
+        with needing(sum(headers[name].nbytes for name in recipe.steps), recipe.plan.source):
             return self._read(decisions, infos, jobs)
 
     def _read(
@@ -216,15 +221,17 @@ class _Load:
         counts = {s.name: counts.get(s.name) or fused.counts[s.name] for s in recipe.weights}
         check_weights(recipe, counts)
         verdict = self._verdict(decisions, counts)
-        scales = new_scales(recipe, tensors, verdict)
+        with uncollected():
+            scales = new_scales(recipe, tensors, verdict)
         check_layout(recipe, tensors)
         fused.scales(tensors, scales)
         prepared = prepare_layout(rest, tensors, scales, self.threads, inplace=True)
         made = scales | prepared.carry_out(self.threads)
         fidelity = prepared.fidelity | fused.fidelity
-        report = make_report(recipe, self.options, recipe.steps, counts, verdict, scales, fidelity)
-        ordered = {name: tensors.get(name) for name in recipe.steps}
-        return finished(recipe, ordered, made, fused.tensors), report
+        with uncollected():
+            report = make_report(recipe, self.options, recipe.steps, counts, verdict, scales, fidelity)
+            ordered = {name: tensors.get(name) for name in recipe.steps}
+            return finished(recipe, ordered, made, fused.tensors), report
 
     def _place(self, tensors: Mapping[str, torch.Tensor], decisions: Mapping[str, Decision]) -> FusedTensors:
         """Read what goes into fused tensors."""
@@ -247,12 +254,18 @@ class _Load:
     def _decisions(self) -> dict[str, Decision]:
         """For each group that this load touches: is it settled already that its weights are translated?"""
         plan, here = self.recipe.plan, self.recipe.steps
-        decisions = {step.group: Decision(self.recipe.what.always) for step in here.values() if step.group}
-        for scale, decision in decisions.items():
+        with uncollected():
+            decisions = {step.group: Decision(self.recipe.what.always) for step in here.values() if step.group}
             # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
-            apart = [plan.tensors[pair.weight] for pair in plan.by_scale[scale] if pair.weight not in here]
-            if apart and not decision.convert:
-                decision.convert = self.source.find_overflow(apart, self.recipe.table)
+            apart = {
+                scale: [plan.tensors[pair.weight] for pair in plan.by_scale[scale]]
+                for scale in decisions
+                if any(pair.weight not in here for pair in plan.by_scale[scale])
+            }
+        for scale, group in apart.items():
+            if not decisions[scale].convert:
+                elsewhere = [info for info in group if info.name not in here]
+                decisions[scale].convert = self.source.find_overflow(elsewhere, self.recipe.table)
         return decisions
 
     @staticmethod

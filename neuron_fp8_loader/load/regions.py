@@ -10,6 +10,7 @@ import torch
 from ..checkpoint import Checkpoint, Range
 from ..codes.scales import check_scale
 from ..errors import OptionError, ScaleError, listing
+from ..host.grain import copy_matrix
 from ..host.memory import allocate, as_bytes, shaped
 from ..options import Options
 from ..plan import Pair, Recipe, Step, Verdict
@@ -221,6 +222,9 @@ def _part(tensor: torch.Tensor, region: Region) -> torch.Tensor:
 def _given(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     """The values in ``into``, or in memory that nothing else hangs on to."""
     if into is not None:
+        if tensor.is_contiguous() and into.is_contiguous():  # no threads of torch's
+            copy_matrix(tensor.view(1, -1), into.view(1, -1))
+            return into
         return into.copy_(tensor)
     shared = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor

@@ -61,7 +61,7 @@ class safe_open:
         check_backend(backend)
         file = existing_file(filename, "safe_open")
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"{filename}: is no .safetensors file, which is what safe_open takes")
+            raise CheckpointError(f"{file}: is no .safetensors file, which is what safe_open takes")
         self._options = Options.of(options)
         if self._options.layout != "keep" or self._options.dequantize:
             raise OptionError("layout and dequantize need whole pairs of weight and scale; use load_state_dict")
@@ -100,6 +100,7 @@ class safe_open:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, converted."""
+        _check_name(name)
         check_mode()
         with torch.device("cpu"):  # safetensors obeys a default device, and may run inside `torch.device("meta")`
             return self._ready(name, self._file.get_tensor(name))
@@ -110,10 +111,16 @@ class safe_open:
 
     def get_slice(self, name: str) -> Slice:
         """A lazy tensor: index it for the converted values of a part."""
+        _check_name(name)
         return Slice(self, name, self._file.get_slice(name))
 
     def _ready(self, name: str, part: torch.Tensor) -> torch.Tensor:
         return ready(self._recipe, name, part).to(self._device)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise OptionError(f"name={name!r}: expected the name of a tensor, not a {type(name).__name__}")
 
 
 def ready(recipe: Recipe, name: str, part: torch.Tensor) -> torch.Tensor:
@@ -167,4 +174,8 @@ class Slice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         check_mode()
         with torch.device("cpu"):  # as in get_tensor
-            return self._owner._ready(self._name, self._part[index])
+            try:
+                part = self._part[index]
+            except TypeError as error:
+                raise OptionError(f"{self._name}[{index!r}]: expected whole numbers and slices: {error}") from error
+            return self._owner._ready(self._name, part)

@@ -84,10 +84,10 @@ def rescale_by(
     """``rescale_state_dict`` by a recipe already made; also gives the report."""
     begin = time.perf_counter()
     threads = options.thread_count()
-    if inplace and not isinstance(state_dict, MutableMapping):
-        raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
     if not isinstance(inplace, bool):
         raise OptionError(f"inplace={inplace!r}: expected True or False")
+    if inplace and not isinstance(state_dict, MutableMapping):
+        raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
     check_mode()
     with needing(_memory(recipe, inplace), recipe.plan.source):
         return _rescale(state_dict, recipe, options, threads, begin, inplace)

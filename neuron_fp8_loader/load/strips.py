@@ -19,7 +19,7 @@ from ..codes.granularity import TENSOR
 from ..codes.kernel import Counts, translate
 from ..codes.requantize import Fidelity, Tile, requantize
 from ..errors import WeightError
-from ..host.grain import mapped
+from ..host.grain import copy_matrix, mapped
 from ..host.parallel import PIECE, pieces
 from ..plan import Pair, Plan, Step
 from ..plan.region import Region, joined, rows_of
@@ -194,7 +194,11 @@ def requantized(
         wanted = out is not None and rows.matrices[k] in place and here[0] < here[1]
         inside = slice(here[0] - top, here[1] - top), slice(*kept.column)
         if wanted:
-            seen.codes(pair.weight, translate(src[inside].contiguous().view(-1), None, HALF))
+            chosen = src[inside]
+            if not chosen.is_contiguous():
+                chosen = torch.empty(chosen.shape, dtype=torch.uint8, device="cpu")
+                copy_matrix(src[inside], chosen)
+            seen.codes(pair.weight, translate(chosen.view(-1), None, HALF))
         fresh = torch.empty(bottom - top, dtype=torch.float32, device="cpu")
         part_scales = values[k, (top - above) // block[0] : -(-(bottom - above) // block[0])].contiguous()
         seen.cost(pair.weight, requantize(Tile(src, src, part_scales, fresh, block)))
@@ -202,7 +206,7 @@ def requantized(
         new[k, a - rows.row[0] : b - rows.row[0]] = fresh[a - top : b - top]
         if wanted:
             assert out is not None
-            out[place[rows.matrices[k]], here[0] - kept.row[0] : here[1] - kept.row[0]] = src[inside]
+            copy_matrix(src[inside], out[place[rows.matrices[k]], here[0] - kept.row[0] : here[1] - kept.row[0]])
 
     if codes is not None:
         seen.codes(pair.weight, Counts())
@@ -221,4 +225,4 @@ def _cut(top: int, bottom: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _columns(part: torch.Tensor, width: int, out: torch.Tensor) -> None:
     """Copy the first bytes of every ``width``, as many as a row of ``out`` has: uint8 [rows, kept]."""
-    out.copy_(part.as_strided(tuple(out.shape), (width, 1)))
+    copy_matrix(part.as_strided(tuple(out.shape), (width, 1)), out)

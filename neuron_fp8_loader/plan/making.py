@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..checkpoint.declared import Declared, read_declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity, granularity
-from ..errors import PlanError, printable
+from ..errors import PlanError, Shown, printable
 from ..host.cache import cached
 from ..options import Options, What
 from .plan import ActivationScale, Pair, Plan
@@ -41,8 +41,8 @@ def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
 
 def plan_for(checkpoint: Checkpoint) -> Plan:
     """Plan an opened checkpoint. Raises PlanError as ``plan_checkpoint`` does."""
-    declared = read_declared(checkpoint.directory, checkpoint.metadata)
-    return _kept(checkpoint, ("plan", declared), lambda: make_plan(checkpoint.tensors, str(checkpoint.path), declared))
+    declared, source = read_declared(checkpoint.directory, checkpoint.metadata), Shown(checkpoint.path)
+    return _kept(checkpoint, ("plan", declared), lambda: make_plan(checkpoint.tensors, source, declared))
 
 
 def recipe_for(checkpoint: Checkpoint, what: What) -> Recipe:
@@ -70,7 +70,7 @@ def _kept(checkpoint: Checkpoint, what: object, make: Callable[[], Named]) -> Na
         return made
 
     key = (what, checkpoint.fingerprint, conventions.conventions())
-    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(str(checkpoint.path))
+    return cached(key, whole, _BYTES_A_TENSOR * len(checkpoint.tensors)).called(Shown(checkpoint.path))
 
 
 _BYTES_A_TENSOR = 600  # of a plan or a recipe, about
@@ -83,6 +83,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     pairs: list[Pair] = []
     unscaled: list[str] = []
     other_formats: list[str] = []
+    other_scales: dict[str, None] = {}
     untouched: list[str] = []
     for name, info in tensors.items():
         if info.dtype != FP8 and info.dtype not in OTHER_FORMATS:
@@ -91,6 +92,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
             untouched.append(name)
         elif info.dtype in OTHER_FORMATS:
             other_formats.append(name)
+            other_scales |= {scale: None for _, scale in conventions.candidates(name, tensors)}
         else:
             found = conventions.candidates(name, tensors)
             if not found:
@@ -112,12 +114,14 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
     if problems:
         raise PlanError(source, problems)
     weights = {pair.weight for pair in pairs} | set(other_formats) | set(unscaled)
+    scales = {pair.scale for pair in pairs}
     return Plan(
         source=source,
         tensors=tensors,
         pairs=tuple(pairs),
         unscaled=tuple(unscaled),
         other_formats=tuple(other_formats),
+        other_scales=tuple(s for s in other_scales if s not in scales and tensors[s].dtype in (*_FLOATS, E8M0)),
         activation_scales=tuple(_activation_scales(tensors, pairs)),
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),

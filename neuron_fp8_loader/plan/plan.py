@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint import TensorInfo
 from ..checkpoint.declared import Declared
@@ -16,8 +16,7 @@ from ..errors import printable
 from ..host.units import size
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One FP8 weight and the scale that makes up for its rescaling.
 
     Attributes:
@@ -56,6 +55,7 @@ class Plan:
         unscaled: e4m3fn weights without a scale.
         other_formats: weights of another FP8 dtype (``codes.formats.OTHER_FORMATS``), which have a table of their own
             and need no change of scale.
+        other_scales: the scales of those, which stay as they are.
         activation_scales: what ``activation_scales="rescale"`` would multiply.
         untouched_fp8: FP8 tensors that are no weights: scales of NVFP4 weights, markers.
         unquantized: modules whose weight is bf16, fp16 or fp32 and at least two-dimensional.
@@ -68,6 +68,7 @@ class Plan:
     pairs: tuple[Pair, ...] = ()
     unscaled: tuple[str, ...] = ()
     other_formats: tuple[str, ...] = ()
+    other_scales: tuple[str, ...] = ()
     activation_scales: tuple[ActivationScale, ...] = ()
     untouched_fp8: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..codes.formats import HALF, OTHER_FORMATS, Table
 from ..conventions import module_of
@@ -28,8 +28,7 @@ _SHAPED_FROM = ("uint8", "float8_e8m0fnu")
 """dtypes of scales that become float32 in a layout of one's own: no layer takes them."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What becomes of one tensor.
 
     Attributes:
@@ -307,6 +306,8 @@ class _Maker:
                     f'{name}: is {dtype}, whose scales are not laid out; layout="keep", and shape them yourself'
                 )
             self._step(name, "weight", "translate", dtype="float8_e4m3fn", table=OTHER_FORMATS[dtype])
+        for name in self.plan.other_scales:
+            self._step(name, "scale", "keep")
         for name in self.plan.unscaled:
             dequantize = self.what.unscaled == "dequantize"
             action: Action = "dequantize" if dequantize else "keep"

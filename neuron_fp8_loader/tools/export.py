@@ -17,24 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from ..errors import Fp8LoaderError, WeightError
+from ..errors import ShownPath, WeightError
 from ..host.parallel import progress
 from ..host.units import size
 from ..load.parts import Parts, refuse_fused
 from ..options import Options
 from ..plan import Recipe, Verdict, converted, recipe_for
 from .scan import scan
-from .shards import PARTIAL, beside, copy_beside, nbytes_after, write_bin, write_safetensors
+from .shards import PARTIAL, ExportError, Target, beside, copy_beside, nbytes_after, write_bin, write_safetensors
 
 STATE = ".neuron-fp8-export.json"
 """The file in OUT that says what is being exported to it."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 _SPARE = 16 << 20  # bytes for headers that grow by a note, and the file system's own
-
-
-class ExportError(Fp8LoaderError):
-    """An export cannot begin or go on: OUT is not fit for it, or the disk is too small."""
 
 
 @dataclass
@@ -110,7 +106,7 @@ class Export:
     def _write(self) -> None:
         parts = Parts(self.checkpoint, self.recipe, self.verdict, self.options)
         for other in self.others:
-            copy_beside(self.base / other, self.out / other)
+            copy_beside(self.base / other, Target(self.out, other))
         by_file = _by_file(self.checkpoint)
         left = [file for file in self.checkpoint.files if file.relative_to(self.base) not in self.done]
         total = sum(info.nbytes for file in left for info in by_file[file])
@@ -124,7 +120,7 @@ class Export:
         )
         with progress("exporting", total, self.options.progress) as advance:
             for file in left:
-                target, infos = self.out / file.relative_to(self.base), by_file[file]
+                target, infos = Target(self.out, file.relative_to(self.base)), by_file[file]
                 if self.checkpoint.is_bin:
                     write_bin(target, infos, parts, advance)
                 elif infos:
@@ -139,7 +135,7 @@ class Export:
         content = json.loads(index.read_text(encoding="utf-8"))
         infos = self.checkpoint.tensors.values()
         total = nbytes_after(infos, self.recipe)
-        target = self.out / index.relative_to(self.base)
+        target = Target(self.out, index.relative_to(self.base))
         if total == sum(info.nbytes for info in infos):
             copy_beside(index, target)
             return
@@ -151,7 +147,7 @@ class Export:
             file.write(json.dumps(content, indent=2).encode())
 
     def _save_state(self) -> None:
-        with beside(self.out / STATE) as file:
+        with beside(Target(self.out, Path(STATE))) as file:
             file.write(json.dumps(self.state, indent=1).encode())
 
 
@@ -171,9 +167,11 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     refuse_fused(chosen, "an export")
     checkpoint = open_checkpoint(path)
     if checkpoint.selected != frozenset(checkpoint.files):
-        raise ExportError(f"{path}: is one of {len(checkpoint.files)} shards; give their directory or the index")
+        raise ExportError(
+            f"{checkpoint.path}: is one of {len(checkpoint.files)} shards; give their directory or the index"
+        )
     base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
-    out = Path(out)
+    out = ShownPath(out)
     _check_place(Path(path), base, out)
     recipe = recipe_for(checkpoint, chosen)
     export = Export(checkpoint, recipe, chosen, out, base, _others(checkpoint, Path(path), base))
@@ -181,10 +179,12 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     by_file = _by_file(checkpoint)
     for file in checkpoint.files:
         grown = nbytes_after(by_file[file], recipe) - sum(info.nbytes for info in by_file[file])
-        if export.state and (out / file.relative_to(base)).is_file():
+        if Target(out, file.relative_to(base)).is_there() and export.state:
             export.done.append(file.relative_to(base))
         else:
             export.needed += file.stat().st_size + grown
+    for other in export.others:
+        Target(out, other).is_there()  # refuses links
     if not export.finished:
         export.needed += sum((base / other).stat().st_size for other in export.others)
     export.free = shutil.disk_usage(_existing(out)).free

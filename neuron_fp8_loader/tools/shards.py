@@ -7,13 +7,15 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ..checkpoint import TensorInfo, load_bin
+from ..errors import Fp8LoaderError
 from ..host.memory import as_bytes, buffer
 from ..load.parts import Parts, batches
 from ..plan import Recipe, Step
@@ -44,35 +46,103 @@ PARTIAL = ".partial"
 """What the name of a file ends in until it is whole."""
 
 
+class ExportError(Fp8LoaderError):
+    """An export cannot begin or go on: OUT is not fit for it, or the disk is too small."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of an export.
+
+    Attributes:
+        out: the directory of the export; it may be a link itself.
+        relative: where in it; nothing on the way may be a link.
+    """
+
+    out: Path
+    relative: Path
+
+    @property
+    def path(self) -> Path:
+        return self.out / self.relative
+
+    def is_there(self) -> bool:
+        """Is it written already? Raises ExportError where a link leads away from ``out``."""
+        for directory in list(self.relative.parents)[:-1]:
+            if (self.out / directory).is_symlink():
+                raise _led_away(self.out / directory)
+        return self.path.is_file() and not self.path.is_symlink()
+
+    @contextmanager
+    def directory(self) -> Iterator[int]:
+        """A descriptor of its directory, which is made where it is missing."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        handle, at = os.open(self.out, _DIRECTORY), self.out
+        try:
+            for part in self.relative.parent.parts:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=handle)
+                at = at / part
+                try:
+                    below = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+                except OSError as error:
+                    raise _led_away(at) from error
+                os.close(handle)
+                handle = below
+            yield handle
+        finally:
+            os.close(handle)
+
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def _led_away(directory: Path) -> ExportError:
+    return ExportError(
+        f"{directory}: is a link or no directory, and an export writes nowhere but below the directory it was given; "
+        "remove it, or give another directory"
+    )
+
+
 @contextmanager
-def beside(target: Path) -> Iterator[BinaryIO]:
+def beside(target: Target) -> Iterator[BinaryIO]:
     """A new file to write to, renamed to ``target`` if the block succeeds and removed if it does not.
 
     The file is made by this call: what a killed run left under its name is removed first, and a link that somebody
-    planted there is not followed.
+    planted there, or for a directory on the way, is not followed.
+
+    Raises:
+        ExportError: a directory on the way is a link or none.
     """
-    temporary = target.with_name(target.name + PARTIAL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        with open(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    name = target.relative.name
+    temporary = name + PARTIAL
+    with target.directory() as directory:
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+
+        remove()
+        how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(temporary, how, 0o666, dir_fd=directory)
+        try:
+            with open(handle, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+            os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            remove()
 
 
-def copy_beside(source: Path, target: Path) -> None:
+def copy_beside(source: Path, target: Target) -> None:
     """Copy a file as it is, by way of ``beside``."""
     with open(source, "rb") as old, beside(target) as new:
         shutil.copyfileobj(old, new)
 
 
 def write_safetensors(
-    target: Path,
+    target: Target,
     infos: Sequence[TensorInfo],
     parts: Parts,
     recipe: Recipe,
@@ -82,7 +152,7 @@ def write_safetensors(
     """Write the tensors of one ``.safetensors`` file, converted.
 
     Args:
-        target: its new name.
+        target: where it goes.
         infos: its tensors, in the order of their data.
         parts: loads them.
         recipe: what becomes of them.
@@ -123,7 +193,7 @@ def write_safetensors(
                 advance(info.nbytes)
 
 
-def write_bin(target: Path, infos: Sequence[TensorInfo], parts: Parts, advance: Callable[[int], None]) -> None:
+def write_bin(target: Target, infos: Sequence[TensorInfo], parts: Parts, advance: Callable[[int], None]) -> None:
     """Write one ``.bin`` file, converted. Memory holds what changes; the rest is mapped. Errors as above."""
     source = infos[0].file
     assert source is not None

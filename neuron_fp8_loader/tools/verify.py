@@ -206,7 +206,7 @@ class _Check:
                     factor = 1 / self.factor if step.reciprocal else self.factor
                 new = self._load([step.name])[step.name]
                 _check_scale(self.result, step.name, self.original.get(step.name), new, factor)
-        others = [self.plan.tensors[step.name] for step in steps.values() if step.role == "other"]
+        others = [self.plan.tensors[step.name] for step in steps.values() if _is_left_alone(step)]
         for batch in batches(others):
             for name, tensor in self._load([info.name for info in batch]).items():
                 _check_identical(self.result, name, self.original.get(name), tensor)
@@ -245,6 +245,10 @@ class _Check:
         if self.parts.step(pair.weight).action == "translate":
             codes = expected(self.method) if needed else np.arange(256, dtype=np.uint8)
         self._compare(pair.weight, old, Side(weight, scale, covers), codes)
+
+
+def _is_left_alone(step: Step) -> bool:
+    return step.role == "other" or (step.role == "scale" and step.pair is None)
 
 
 def _unchanged(step: Step, header: TensorInfo) -> bool:

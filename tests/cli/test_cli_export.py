@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import WeightError, kernel, load_state_dict
 from neuron_fp8_loader.load import parts
@@ -304,6 +304,53 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, ext: str) -> None:
     assert {file.name for file in out.iterdir()} == {STATE, *(file.name for file in path.iterdir())}
     assert not any(file.is_symlink() for file in out.iterdir())
     assert run("verify", out, "--against", path).exit_code == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("kind", ["shards", "configs"])
+def test_a_linked_subdirectory_is_not_followed(tmp_path: Path, kind: str, started: bool) -> None:
+    """Nor is it taken for the export's own; OUT itself may be a link."""
+    path, out, theirs = tmp_path / "c", tmp_path / "out", tmp_path / "theirs"
+    for directory in (path / "sub" / "deep", out, theirs / "deep"):
+        directory.mkdir(parents=True)
+    if kind == "shards":
+        file = "sub/deep/model-00001-of-00001.safetensors"
+        save_file(layer(0), path / file)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(layer(0), file)}))
+    else:
+        save_file(layer(0), path / "model.safetensors")
+        (path / "config.json").write_text("{}")
+        (path / "sub" / "deep" / "vocab.txt").write_text("x")
+    made = prepare_export(path, out)
+    made.state = made._decided()
+    linked = tmp_path / "linked"
+    linked.symlink_to(out)
+    if started:
+        (out / STATE).write_text(json.dumps(made.state))
+        (out / "sub").symlink_to(theirs)
+        assert "is a link or no directory" in one_line(run("export", path, linked))
+    else:  # planted while it runs, after all has been checked
+        (out / "sub").symlink_to(theirs)
+        with pytest.raises(ExportError, match="is a link or no directory"):
+            made.run()
+    assert not [file for file in theirs.rglob("*") if file.is_file()]
+    (out / "sub").unlink()
+    assert run("export", path, linked).exit_code == 0
+    assert (out / "sub" / "deep").is_dir()
+    assert run("verify", out, "--against", path).exit_code == 0
+
+
+def test_a_link_in_the_place_of_a_shard_is_not_taken_for_it(tmp_path: Path) -> None:
+    path, out, theirs = sharded(tmp_path / "c", layer(0), layer(1)), tmp_path / "out", tmp_path / "theirs"
+    theirs.write_text("precious")
+    made = prepare_export(path, out)
+    out.mkdir()
+    (out / STATE).write_text(json.dumps(made._decided()))
+    first = sorted(path.glob("*.safetensors"))[0].name
+    (out / first).symlink_to(theirs)
+    assert run("export", path, out).exit_code == 0
+    assert theirs.read_text() == "precious"
+    assert same(on_disk(out), load_state_dict(path))
 
 
 @pytest.mark.parametrize("planted", [False, True])

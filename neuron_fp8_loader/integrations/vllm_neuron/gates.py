@@ -11,7 +11,7 @@ import torch
 
 from ...checkpoint import open_checkpoint
 from ...codes.device import needs_rescale
-from ...errors import OptionError
+from ...errors import OptionError, Shown
 from ...options import Options
 from ...plan import Plan, plan_for
 from . import flag
@@ -107,8 +107,8 @@ def _prepare(vllm_config: Any, model: Any) -> None:
     if design is None:
         if named and config:
             raise OptionError(
-                f"--quantization {QUANTIZATION}: {path} holds no float8_e4m3fn weights, and its config declares "
-                f"{config.get('quant_method') or 'no method'}; leave the flag out"
+                f"--quantization {QUANTIZATION}: {Shown(path)} holds no float8_e4m3fn weights, and its config "
+                f"declares {config.get('quant_method') or 'no method'}; leave the flag out"
             )
         return
     _show(holders, design)

@@ -200,7 +200,7 @@ class Reader:
             return raw(name)
         if step.role == "weight":
             return self._weight(recipe, step)
-        if step.role == "scale" and self._scale_changes(recipe, step):
+        if step.role == "scale" and (step.pair is None or self._scale_changes(recipe, step)):
             return self._ready(recipe, step)
         if step.activation is not None:
             return self._activation(recipe, step, name)
