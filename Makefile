@@ -96,7 +96,7 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$library" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 SANITIZED=1 \
 		$(BIN)/python -m pytest -o pythonpath="$(SANITIZED) ." -p no:cacheprovider \
 		tests/test_sanitized.py tests/test_native_arguments.py tests/test_kernel.py tests/test_histogram.py \
-		tests/test_dequantize.py tests/test_requantize.py tests/test_place.py
+		tests/test_dequantize.py tests/test_requantize.py tests/test_place.py tests/test_runs.py
 
 # jax for the compile check's xla-cpu backend, which is left out where there is no wheel of it
 $(VENV)/.bench: $(VENV)/.package

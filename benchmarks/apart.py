@@ -23,6 +23,7 @@ class Run:
 
     Attributes:
         seconds: wall clock time of the load alone; starting Python and importing torch are not in it.
+        cpu: CPU seconds of all its threads meanwhile, the system's included: other programs disturb them less.
         peak: bytes by which the resident set grew at its peak. Pages of a mapped file count here although the
             system may take them back at any time.
         peak_anonymous: the same without mapped files: memory that cannot be taken back. None where the system does
@@ -31,6 +32,7 @@ class Run:
     """
 
     seconds: float
+    cpu: float
     peak: int
     peak_anonymous: int | None
     written: int
@@ -56,7 +58,7 @@ def run_apart(name: str, job: Job) -> Run:
     try:
         before = parent.recv()
         anonymous = _sample(process.pid, parent)
-        seconds, peak, written = parent.recv()
+        seconds, cpu, peak, written = parent.recv()
         if not parent.poll(_PATIENCE):
             raise WrongAnswer(f"{name}: no answer after {_PATIENCE:.0f} s")
         bad = parent.recv()
@@ -73,7 +75,7 @@ def run_apart(name: str, job: Job) -> Run:
     if bad:
         raise WrongAnswer(f"{name}: {len(bad)} tensors are not what they should be: {', '.join(bad[:3])}")
     grown = None if anonymous is None or before[1] is None else max(0, anonymous - before[1])
-    return Run(seconds, max(0, peak - before[0]), grown, written)
+    return Run(seconds, cpu, max(0, peak - before[0]), grown, written)
 
 
 def _context() -> Any:
@@ -86,11 +88,11 @@ def _child(pipe: Connection, name: str, job: Job) -> None:
     contender = CONTENDERS[name]
     rss, anonymous = _status("self")
     pipe.send((_peak() if rss is None else rss, anonymous))
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     result = contender.run(job)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - used
     written = sum(f.stat().st_size for f in job.output.iterdir()) if job.output and job.output.is_dir() else 0
-    pipe.send((seconds, _peak(), written))
+    pipe.send((seconds, cpu, _peak(), written))
     pipe.send(wrong(job.made, contender.gives, result))
     pipe.close()
 

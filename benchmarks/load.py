@@ -47,6 +47,7 @@ def summary(made: Made, runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]
     for name, done in runs.items():
         anonymous = [run.peak_anonymous for run in done if run.peak_anonymous is not None]
         found[name] = summarize([run.seconds for run in done], made.nbytes, reference) | {
+            "cpu_s": statistics.median(run.cpu for run in done),
             "peak": max(run.peak for run in done),
             "peak_anonymous": max(anonymous) if anonymous else None,
             "peak_over_size": max(run.peak for run in done) / made.nbytes,
@@ -72,6 +73,7 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
                 f"{r['median_s']:.3f}",
                 f"{r['min_s']:.3f}-{r['max_s']:.3f}",
                 f"{r['gb_per_s']:.3f}",
+                f"{r['cpu_s']:.3f}",
                 f"{r['times_ours']:.2f}",
                 in_units(r["peak"]),
                 anonymous,
@@ -79,7 +81,18 @@ def show(title: str, results: dict[str, dict[str, Any]]) -> None:
                 in_units(r["written"]) if r["written"] else "-",
             ]
         )
-    columns = ("", "median s", "range", "GB/s", "time / ours", "peak RSS", "anonymous", "RSS / size", "written")
+    columns = (
+        "",
+        "median s",
+        "range",
+        "GB/s",
+        "CPU s",
+        "time / ours",
+        "peak RSS",
+        "anonymous",
+        "RSS / size",
+        "written",
+    )
     table(title, columns, rows)
 
 
@@ -122,7 +135,7 @@ def _threads(made: Made, counts: Sequence[int], states: Sequence[str], repeats: 
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads of this loader; default as installed.")
 @click.option("--growth/--no-growth", default=True, help="Also measure how time grows with size and with threads.")
 @click.option("--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB"], help="For --growth.")
-@click.option("--thread-counts", type=int, multiple=True, default=[1, 2, 4, 8], help="For --growth.")
+@click.option("--thread-counts", type=int, multiple=True, default=[1, 2, 4, 8, 16], help="For --growth.")
 @click.option(
     "--directory",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -148,11 +161,12 @@ def main(
 ) -> None:
     """Load a checkpoint, made on the fly, in every way there is; side by side, in turns, each in a fresh process.
 
-    Contenders: this loader; safetensors' load_file, with clone() so that every byte is read, and with its pread
-    backend; runai-model-streamer where installed; the recipe of Neuron's README done in memory; and that README's
-    whole script, files written included, on a smaller checkpoint because it is slow. Every result is checked, byte
-    for byte, by checksums from ml_dtypes' arithmetic. load_file and the streamer leave the weights as they are:
-    that is what reading alone costs.
+    Contenders: this loader; its reader with nothing to translate; plain preadv into populated memory by as many
+    threads, which is the least that a load takes with small pages; safetensors' load_file, with clone() so that every
+    byte is read, and with its pread backend; runai-model-streamer where installed; the recipe of Neuron's README done
+    in memory; and that README's whole script, files written included, on a smaller checkpoint because it is slow.
+    Every result is checked, byte for byte, by checksums from ml_dtypes' arithmetic. load_file and the streamer leave
+    the weights as they are: that is what reading alone costs.
 
     "time / ours" is the median over rounds of the time against this loader's in the same round. "peak RSS" is how far
     the resident set grew, mapped pages of files included, which the system can take back; "anonymous" is without them.

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from .common import RESULTS, in_units, machine_line
-from .contenders import OURS, REFERENCE, SCRIPT
+from .contenders import LIMIT, OURS, READER, REFERENCE, SCRIPT
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PERFORMANCE = README.parent / "docs" / "performance.md"
@@ -23,6 +23,8 @@ NEEDED = ("load", "kernel", "fidelity", "neuron_compile")
 
 _LABELS = {
     OURS: f"**{OURS}**",
+    READER: "its reader, nothing translated",
+    LIMIT: "`preadv` into populated memory, no more",
     REFERENCE: "`safetensors.torch.load_file` + `clone()`",
     "load_file, pread": '`load_file(backend="pread")`',
     "README recipe in memory": "the recipe of Neuron's README, in memory",
@@ -78,23 +80,28 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def loading(data: Mapping[str, Any]) -> str:
     results, rows = data["results"], []
     dropped, script = results.get("dropped", {}), results.get("script", {})
+    measured = all("cpu_s" in entry for entry in results["warm"].values())
     for name, warm in results["warm"].items():
         cold = dropped.get(name)
         rows.append(
             [_LABELS.get(name, f"`{name}`"), f"{warm['median_s']:.2f}", f"{warm['times_ours']:.2f} x", _speed(warm),
-             _speed(cold) if cold else "", *_memory(warm), "-", _READY.get(name, "no")]
+             *_cpu(warm, measured), _speed(cold) if cold else "", *_memory(warm), "-", _READY.get(name, "no")]
         )  # fmt: skip
     if SCRIPT in script:
         entry = script[SCRIPT]
         rows.append(
             [f"{_LABELS[SCRIPT]}, on {in_units(entry['nbytes'])}", f"{entry['median_s']:.1f}",
-             f"{entry['times_ours']:.0f} x", _speed(entry), "", *_memory(entry), in_units(entry["written"]),
-             _READY[SCRIPT]]
+             f"{entry['times_ours']:.0f} x", _speed(entry), *_cpu(entry, measured), "", *_memory(entry),
+             in_units(entry["written"]), _READY[SCRIPT]]
         )  # fmt: skip
-    columns = ["", "s", "time", "GB/s", "GB/s, page cache dropped", "peak memory", "mapped files left out", "written",
-               "Neuron-ready"]  # fmt: skip
+    columns = ["", "s", "time", "GB/s", *(["CPU s"] if measured else []), "GB/s, page cache dropped", "peak memory",
+               "mapped files left out", "written", "Neuron-ready"]  # fmt: skip
     head = f"Loading {in_units(results['nbytes'])} of FP8 weights and scales, page cache warm, median of "
     return f"{head}{data['settings']['repeats']} interleaved rounds:\n\n{_table(columns, rows)}"
+
+
+def _cpu(entry: Mapping[str, Any], measured: bool) -> list[str]:
+    return [f"{entry['cpu_s']:.2f}"] if measured else []
 
 
 def _memory(entry: Mapping[str, Any]) -> list[str]:

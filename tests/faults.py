@@ -1,7 +1,7 @@
 """Reads that fail: what disks, network file systems and other processes do to a file while it is read.
 
 Everything that the package reads of a checkpoint with its own hands (headers, indexes, configs, data) goes through
-``os.preadv``; ``Faulty`` stands in for it.
+``os.preadv``, or in native code through ``preadv``; ``Faulty`` stands in for both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 
 import pytest
+from hooked import can_hook, hook
+
+from neuron_fp8_loader.checkpoint import reader
+
+WAYS = ("native", "python")
+"""How data is read; tests of what both promise set ``way``."""
+
+way = "native"
 
 Read = Callable[[int, Sequence[memoryview], int], int]
 Fault = Callable[[Read, int, Sequence[memoryview], int], int]
@@ -34,6 +42,10 @@ class Faulty:
         """(file, offset, bytes) of each read that succeeded."""
         self._real, self._fault, self._at, self._begin, self._count = os.preadv, fault, at, data_only, 0
         monkeypatch.setattr(os, "preadv", self)
+        if way == "native" and can_hook():
+            hook(monkeypatch, self)
+        else:
+            monkeypatch.setattr(reader, "reads_natively", lambda: False)
 
     def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         file = os.readlink(f"/proc/self/fd/{descriptor}")

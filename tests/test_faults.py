@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from faults import Faulty, before, failing, interrupted, short
+from hooked import can_hook
 from safetensors.torch import load_file as original
 from support import halved, random_codes, same_bytes, save, save_shards, write_index
 
@@ -35,6 +37,13 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
         "pad": torch.arange(1000 + seed),
         "b": torch.rand(300),
     }
+
+
+@pytest.fixture(params=faults.WAYS, autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native" and not can_hook():
+        pytest.skip("no native reader here, or no compiler to put faults into it")
+    monkeypatch.setattr(faults, "way", request.param)
 
 
 @pytest.fixture

@@ -6,15 +6,19 @@ import os
 import threading
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
+from faults import Faulty
+from hooked import can_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import halved, random_codes, same_bytes, save, save_shards
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict
 from neuron_fp8_loader.checkpoint import TensorInfo, reader
+from neuron_fp8_loader.checkpoint.pieces import cut
 from neuron_fp8_loader.errors import CheckpointError
 from neuron_fp8_loader.host import parallel
 from neuron_fp8_loader.host.parallel import PIECE
@@ -126,14 +130,9 @@ def test_pieces_cover_every_byte_once(sizes, piece, buffers, random):
     infos = [info for info in infos if random.random() < 0.8]  # what is not asked for leaves gaps
     random.shuffle(infos)
     by_name = {info.name: info for info in infos}
-    before = reader.PIECE, reader._MAX_BUFFERS
-    reader.PIECE, reader._MAX_BUFFERS = piece, buffers
-    try:
-        cut = reader._cut(infos)
-    finally:
-        reader.PIECE, reader._MAX_BUFFERS = before
+    parts = cut(infos, piece, buffers)
     seen: dict[str, list[tuple[int, int]]] = {}
-    for part in cut:
+    for part in parts:
         assert 0 < part.nbytes <= piece
         assert len(part.segments) <= buffers
         position = part.offset
@@ -188,18 +187,25 @@ def test_a_file_that_goes_away(tmp_path, monkeypatch):
         load_state_dict(file)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_disk_that_fails(tmp_path, monkeypatch, small_pieces, threads):
-    file, _ = some(tmp_path)
-    real, calls = os.preadv, []
+@pytest.fixture(params=faults.WAYS)
+def way(request, monkeypatch):
+    if request.param == "native" and not can_hook():
+        pytest.skip("no native reader here, or no compiler to put faults into it")
+    monkeypatch.setattr(faults, "way", request.param)
 
-    def failing(handle, buffers, offset):
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_disk_that_fails(tmp_path, monkeypatch, small_pieces, way, threads):
+    file, _ = some(tmp_path)
+    calls = []
+
+    def failing(real, handle, buffers, offset):
         calls.append(offset)
         if len(calls) > 20:
             raise OSError(5, "Input/output error")
         return real(handle, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", failing)
+    Faulty(monkeypatch, failing)
     files, running = open_files(), threading.active_count()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: reading at byte \d+ failed: Input/output error"):
         load_state_dict(file, threads=threads)
@@ -208,16 +214,16 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, small_pieces, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_short_reads_are_continued(tmp_path, monkeypatch, threads):
+def test_short_reads_are_continued(tmp_path, monkeypatch, way, threads):
     file, tensors = some(tmp_path)
-    real, rng = os.preadv, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
-    def stingy(handle, buffers, offset):
+    def stingy(real, handle, buffers, offset):
         some_buffers = buffers[: int(rng.integers(1, len(buffers) + 1))]
         last = some_buffers[-1][: int(rng.integers(1, len(some_buffers[-1]) + 1))]
         return real(handle, [*some_buffers[:-1], last], offset)
 
-    monkeypatch.setattr(os, "preadv", stingy)
+    Faulty(monkeypatch, stingy)
     after = load_state_dict(file, threads=threads)
     assert same_bytes(after["a.weight"], halved(tensors["a.weight"]))
     assert same_bytes(after["b"], tensors["b"])

@@ -17,7 +17,7 @@ from support import e4m3fn, fp8, raw, shared, sqnr
 from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
 from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.codes.granularity import Granularity
-from neuron_fp8_loader.codes.requantize import best_mantissas
+from neuron_fp8_loader.codes.requantize import best_mantissas, requantize, tiles
 from neuron_fp8_loader.load.layout import prepare_layout
 from neuron_fp8_loader.load.state_dict import rescale_by
 from neuron_fp8_loader.options import Options
@@ -298,3 +298,34 @@ def test_mantissas_of_many_rows_are_those_of_each() -> None:
     scales = torch.rand(300, 200, dtype=torch.float64) + 0.1
     together = best_mantissas(scales)
     assert torch.equal(together, torch.cat([best_mantissas(row[None]) for row in scales]))
+
+
+@pytest.mark.parametrize("sigma", [300, 100, 3, 0.05, 0.004])
+@pytest.mark.parametrize("scales", ["float", "powers", "wide", "one"])
+@pytest.mark.parametrize("columns", [1000, 6000])
+def test_estimating_chooses_as_measuring_does(
+    monkeypatch: pytest.MonkeyPatch, sigma: float, scales: str, columns: int
+) -> None:
+    """Vector code estimates which scale is better, and measures in doubt: bytes as where all rows are measured."""
+    rng = np.random.default_rng(int(sigma * 1000) + columns)
+    rows, block = 96, (16, 128)
+    weight = fp8(np.clip(rng.normal(size=(rows, columns)) * sigma, -448, 448)).view(torch.uint8)
+    grid = math.ceil(rows / block[0]), math.ceil(columns / block[1])
+    drawn = {
+        "float": rng.uniform(1e-4, 2e-3, grid),
+        "powers": np.exp2(rng.integers(-12, -4, grid)),
+        "wide": np.exp2(rng.uniform(-60, 20, grid)),
+        "one": np.full(grid, 1.3e-3),
+    }[scales]
+    made = {}
+    for path in kernel.paths():
+        monkeypatch.setattr(kernel, "active", path)
+        new, row_scales = torch.empty_like(weight), torch.empty(rows)
+        cost = [requantize(tile) for tile in tiles(weight, new, torch.from_numpy(drawn), row_scales, block)]
+        made[path] = new, row_scales, sum(f.signal for f in cost), sum(f.noise for f in cost)
+    new, row_scales, signal, noise = made["torch"]
+    for path, got in made.items():
+        assert torch.equal(got[0], new), path
+        assert torch.equal(got[1], row_scales), path
+        assert got[2] == pytest.approx(signal, rel=1e-4)
+        assert got[3] == pytest.approx(noise, rel=1e-4)

@@ -4,8 +4,8 @@ from .bin import load_bin
 from .files import Checkpoint, open_checkpoint
 from .given import existing, existing_file
 from .info import TensorInfo, describe
+from .pieces import Decision, WeightJob
 from .ranges import Range
-from .reader import Decision, WeightJob
 from .regular import check_unchanged
 from .source import Fill, Source
 

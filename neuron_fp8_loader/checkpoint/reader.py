@@ -5,64 +5,27 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..codes.formats import Table
-from ..codes.kernel import Counts, translate
-from ..errors import CheckpointError, printable
+from ..codes.kernel import Counts, reads_natively, translate
 from ..host.collector import uncollected
 from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
-from .regular import Opened, Stamp, fill
+from .pieces import Decision, Piece, Segment, WeightJob, cut
+from .regular import ENDED, Opened, Stamp, failed, fill
+from .runs import MOST_SEGMENTS, NativeRuns, run_length
 
 Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 _SECONDS_OF_READING = 1 << 28  # bytes, at most; below, what the collector finds to do is most of the work
 _WORTH_POPULATING = 1 << 16  # bytes
-
-
-@dataclass(slots=True)
-class Decision:
-    """Whether the weights that share a scale are converted: settled by the first code that does not fit.
-
-    Pieces read before that are put off, and translated at the end if it came.
-    """
-
-    convert: bool = False
-    deferred: list[_Segment] | None = None
-
-
-class WeightJob(NamedTuple):
-    """What to do with the bytes of one FP8 weight: translate them by ``table`` if ``decision`` says so, or only
-    count them (no decision)."""
-
-    table: Table
-    decision: Decision | None = None
-
-
-class _Segment(NamedTuple):  # a load of 700 GB cuts 700 000 of them
-    name: str
-    start: int
-    end: int
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A run of bytes of one file, and the parts of tensors that it fills."""
-
-    file: Path
-    offset: int
-    segments: list[_Segment] = field(default_factory=list)
-    nbytes: int = 0
 
 
 def read(
@@ -90,16 +53,22 @@ def read(
     with uncollected():
         dtypes = {info.dtype: info.torch_dtype for info in infos}
         tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
-        cut = _cut(infos)
     counts = dict.fromkeys(weights, Counts())
     lock = threading.Lock()
 
-    def settle(segment: _Segment) -> None:
+    def count(segment: Segment, seen: Counts, put_off: Decision | None) -> None:
+        with lock:
+            counts[segment.name] = counts[segment.name] + seen
+            if put_off is not None:
+                put_off.deferred = put_off.deferred or []
+                put_off.deferred.append(segment)
+
+    def settle(segment: Segment) -> None:
         name, start, end = segment
         job, part = weights[name], as_bytes(tensors[name])
         if end - start < part.numel():
             part = part[start:end]
-        decision = job.decision
+        decision, put_off = job.decision, None
         if decision is not None and decision.convert:
             seen = translate(part, part, job.table)
         else:
@@ -107,17 +76,14 @@ def read(
             if decision is not None and seen.above:
                 decision.convert = True
                 translate(part, part, job.table)
-            elif decision is not None:
-                with lock:
-                    decision.deferred = decision.deferred or []
-                    decision.deferred.append(segment)
-        with lock:
-            counts[name] = counts[name] + seen
+            else:
+                put_off = decision
+        count(segment, seen, put_off)
 
     total = sum(info.nbytes for info in infos)
     with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
 
-        def work(piece: _Piece) -> None:
+        def work(piece: Piece) -> None:
             for segment in piece.segments:
                 if segment.end - segment.start >= _WORTH_POPULATING:
                     populate(as_bytes(tensors[segment.name]), segment.start, segment.end)
@@ -127,8 +93,24 @@ def read(
                     settle(segment)
             advance(piece.nbytes)
 
-        with uncollected() if total <= _SECONDS_OF_READING else nullcontext():
-            run(cut, work, threads)
+        if reads_natively() and all(job.table.symmetric for job in weights.values()):
+            native = NativeRuns(handles, tensors, weights, PIECE // 4, advance)
+
+            def work_natively(piece: Piece) -> None:
+                for segment, seen, put_off in native.read(piece):
+                    late = segment._replace(end=segment.start + put_off)
+                    count(late, seen, weights[segment.name].decision if put_off else None)
+
+            with uncollected():
+                runs = cut(infos, run_length(total, threads, PIECE), MOST_SEGMENTS)
+            with _bounded(total):
+                run(runs, work_natively, threads)
+            native.settle()
+        else:
+            with uncollected():
+                runs = cut(infos, PIECE, _MAX_BUFFERS)
+            with _bounded(total):
+                run(runs, work, threads)
     _finish_deferred(weights, tensors, threads)
     return tensors, counts
 
@@ -142,7 +124,7 @@ def find_overflow(infos: Iterable[TensorInfo], stamps: Stamps, table: Table) -> 
         with Opened(_files([info]), stamps) as handles:
             for start, end in pieces(info.nbytes):
                 assert info.file is not None
-                part = _Piece(info.file, info.offset + start, [_Segment(info.name, start, end)], end - start)
+                part = Piece(info.file, info.offset + start, [Segment(info.name, start, end)], end - start)
                 _fill(handles[info.file], part, [memory[: end - start]])
                 if translate(scratch[: end - start], None, table).above:
                     return True
@@ -171,7 +153,7 @@ def visit(
     total = sum(info.nbytes for info in infos)
     with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
 
-        def work(piece: _Piece) -> None:
+        def work(piece: Piece) -> None:
             if not hasattr(own, "scratch"):
                 own.scratch = allocate(PIECE)
             ends = list(accumulate(s.end - s.start for s in piece.segments))
@@ -181,46 +163,24 @@ def visit(
                 see(segment.name, part)
             advance(piece.nbytes)
 
-        run(_cut(infos), work, threads)
+        run(cut(infos, PIECE, _MAX_BUFFERS), work, threads)
+
+
+def _bounded(nbytes: int) -> AbstractContextManager[object]:
+    """No collection within a read of a few seconds at most."""
+    return uncollected() if nbytes <= _SECONDS_OF_READING else nullcontext()
 
 
 def _finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:
     decisions = {id(job.decision): job.decision for job in weights.values() if job.decision is not None}
     late = [part for decision in decisions.values() if decision.convert for part in decision.deferred or ()]
 
-    def work(part: _Segment) -> None:
+    def work(part: Segment) -> None:
         name, start, end = part
         piece = as_bytes(tensors[name])[start:end]
         translate(piece, piece, weights[name].table)
 
     run(late, work, threads)
-
-
-def _cut(infos: Iterable[TensorInfo]) -> list[_Piece]:
-    """Cut the files into pieces: large tensors in several, small neighbours together in one."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        assert info.file is not None
-        by_file.setdefault(info.file, []).append(info)
-    done: list[_Piece] = []
-    for file in sorted(by_file):
-        current = _Piece(file, -1)
-        for info in sorted(by_file[file], key=attrgetter("offset")):
-            position, offset, nbytes = 0, info.offset, info.nbytes
-            while position < nbytes:
-                if (
-                    current.offset + current.nbytes != offset
-                    or current.nbytes >= PIECE
-                    or len(current.segments) >= _MAX_BUFFERS
-                ):
-                    current = _Piece(file, offset)
-                    done.append(current)
-                take = min(nbytes - position, PIECE - current.nbytes)
-                current.segments.append(_Segment(info.name, position, position + take))
-                current.nbytes += take
-                position += take
-                offset += take
-    return done
 
 
 def _fresh(info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
@@ -241,10 +201,7 @@ def _files(infos: Iterable[TensorInfo]) -> dict[Path, None]:
     return {info.file: None for info in infos if info.file is not None}
 
 
-def _fill(handle: int, piece: _Piece, buffers: list[memoryview]) -> None:
+def _fill(handle: int, piece: Piece, buffers: list[memoryview]) -> None:
     got = fill(piece.file, handle, buffers, piece.offset)
     if got < piece.nbytes:
-        names = ", ".join(printable(s.name) for s in piece.segments[:3])
-        raise CheckpointError(
-            f"{piece.file}: ends at byte {piece.offset + got}, in the data of {names}; was it truncated?"
-        )
+        raise failed(piece.file, piece.offset + got, ENDED, (s.name for s in piece.segments))

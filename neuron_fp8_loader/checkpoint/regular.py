@@ -8,11 +8,12 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from ..host.cache import cached
 
 LONGEST_CONFIG = 64 << 20
@@ -166,7 +167,7 @@ def fill(file: Path, handle: int, buffers: list[memoryview], offset: int) -> int
         except InterruptedError:
             continue
         except OSError as error:
-            raise CheckpointError(f"{file}: reading at byte {offset + total} failed: {_reason(error)}") from error
+            raise failed(file, offset + total, error.errno or 0) from error
         if got == 0:
             break
         total += got
@@ -178,6 +179,18 @@ def fill(file: Path, handle: int, buffers: list[memoryview], offset: int) -> int
         if got:
             buffers = [buffers[0][got:], *buffers[1:]]
     return total
+
+
+ENDED = -1
+"""In the place of an errno: the file ended."""
+
+
+def failed(file: Path, at: int, number: int, names: Iterable[str] = ()) -> CheckpointError:
+    """The error for a read that failed at a byte of a file, of the data of tensors of these names."""
+    if number == ENDED:
+        data = ", ".join(map(printable, islice(names, 3)))
+        return CheckpointError(f"{file}: ends at byte {at}, in the data of {data}; was it truncated?")
+    return CheckpointError(f"{file}: reading at byte {at} failed: {os.strerror(number)}")
 
 
 def read_at(file: Path, handle: int, offset: int, length: int) -> bytes:

@@ -17,8 +17,8 @@ from ..host.parallel import pieces, run
 from . import reader
 from .bin import load_bin
 from .info import TensorInfo
+from .pieces import WeightJob
 from .ranges import Range, read_ranges
-from .reader import WeightJob
 from .regular import Opened, Stamp, fill
 
 See = Callable[[str, torch.Tensor], None]

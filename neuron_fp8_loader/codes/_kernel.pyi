@@ -67,3 +67,18 @@ def place(
     stride: int,
     /,
 ) -> None: ...
+def read(
+    path: str,
+    handle: int,
+    offset: int,
+    done: int,
+    piece: int,
+    nanoseconds: int,
+    segments: int,
+    segments_size: int,
+    tables: int,
+    tables_size: int,
+    cells: int,
+    cells_size: int,
+    /,
+) -> tuple[int, int]: ...

@@ -7,6 +7,9 @@ The path is the fastest that runs here, or the one named by ``NEURON_FP8_LOADER_
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -53,6 +56,12 @@ active: str = os.environ.get(ENV, "") or paths()[0]
 """The path in use. A name that is none is refused by ``translate``, not by the import: ``doctor`` must still run."""
 
 
+def check_path() -> None:
+    """Raise OptionError if ``NEURON_FP8_LOADER_KERNEL`` names a path that does not run here."""
+    if active not in _RUN_HERE:
+        raise OptionError(f"{ENV}={active}: no such path here; there are {', '.join(_RUN_HERE)}")
+
+
 def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Counts:
     """Translate ``src`` into ``dst`` by ``table``, and count what ``src`` holds.
 
@@ -62,10 +71,9 @@ def translate(src: torch.Tensor, dst: torch.Tensor | None, table: Table) -> Coun
         table: which translation (``formats.HALF``, ``RATIO``, ``FNUZ``).
 
     Raises:
-        OptionError: ``NEURON_FP8_LOADER_KERNEL`` names a path that does not run here.
+        OptionError: as ``check_path``.
     """
-    if active not in _RUN_HERE:
-        raise OptionError(f"{ENV}={active}: no such path here; there are {', '.join(_RUN_HERE)}")
+    check_path()
     n = src.numel() if isinstance(src, torch.Tensor) else 0
     for t in (src,) if dst is None or dst is src else (src, dst):  # spelt out: a checkpoint may have 50,000 of 1 kB
         if not isinstance(t, torch.Tensor):
@@ -209,6 +217,54 @@ def place(src: torch.Tensor, dst: torch.Tensor) -> None:
         stride = dst.stride(0) if columns > 1 else rows
         at, size, _ = _rest(dst)
         _kernel.place(active, *_span(src), rows, columns, at, size, stride)
+
+
+class How(IntEnum):
+    """What becomes of bytes that ``read_segments`` reads, as ``_native/read.h`` numbers it."""
+
+    KEEP = 0
+    COUNT = 1
+    DECIDE = 2
+
+
+SEGMENT = 12
+"""Words that ``read_segments`` takes of a segment: address and bytes; first address and end of its tensor's memory;
+``How``; which table; which cell; then, added to by it, the four of ``Counts`` and the bytes that were put off."""
+
+_SLICE = 50_000_000  # ns: a signal waits no longer than this, and a piece
+
+
+def reads_natively() -> bool:
+    """Can ``read_segments`` be called?"""
+    return _kernel is not None and active != "torch"
+
+
+def read_segments(
+    handle: int, offset: int, done: int, piece: int, segments: array[int], tables: Sequence[Table], cells: torch.Tensor
+) -> tuple[int, int]:
+    """Read a run of a file into many places, and translate what is FP8 while it is in cache. Without the GIL.
+
+    Args:
+        handle: the file's descriptor.
+        offset: where in it the first segment begins.
+        done: how many bytes of the segments were read by calls before.
+        piece: how many bytes are read before they are translated.
+        segments: words, ``SEGMENT`` each. The memory must be there, and be written to by nobody else.
+        tables: the tables that segments name; symmetric ones.
+        cells: uint8; the first is for this function and begins as 0, the others say of each decision whether it is
+            made. Threads that read at the same time share them.
+
+    Returns:
+        (how many bytes are done now, 0), when all are or after some milliseconds: call again, Python having seen to
+        signals in between. (where it ended, errno) for errors, errno -1 if the file ended.
+    """
+    check_path()
+    table_bytes = array("B", b"".join(table.symmetric for table in tables))
+    words, count = segments.buffer_info()
+    return _kernel.read(
+        active, handle, offset, done, piece, _SLICE,
+        words, count * segments.itemsize, *table_bytes.buffer_info(), *_span(cells),
+    )  # fmt: skip
 
 
 def _rest(matrix: torch.Tensor) -> tuple[int, int, int]:

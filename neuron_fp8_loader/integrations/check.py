@@ -9,10 +9,12 @@ import torch
 
 from .. import conventions
 from ..codes.formats import E4M3FN, HALF
+from ..codes.kernel import Counts
 from ..errors import WeightError, listing
 from ..host.memory import as_bytes
 from ..host.sharing import is_plain, span
 from ..load.checks import count_codes
+from ..load.known import nan_of
 from ..options import Options
 
 
@@ -25,8 +27,11 @@ def check_ready(state_dict: Mapping[str, Any], source: str, options: Options) ->
         source: where it comes from, for the message.
         options: ``nan="keep"`` lets NaN codes through, which are NaN to a GPU too; nothing lets the others through.
     """
-    flat = {name: _bytes(t) for name, t in state_dict.items() if is_weight(name, t, state_dict)}
+    weights = {name: t for name, t in state_dict.items() if is_weight(name, t, state_dict)}
+    known = {name: nan_of(t) for name, t in weights.items()}  # a pass over memory that need not be
+    flat = {name: _bytes(t) for name, t in weights.items() if known[name] is None}
     counts = count_codes(flat, dict.fromkeys(flat, HALF), options.thread_count())
+    counts |= {name: Counts(nan=nan) for name, nan in known.items() if nan is not None}
     bad = [f"{name}: {c.above} codes above 240" for name, c in counts.items() if c.above]
     if options.nan == "error":
         bad += [f"{name}: {c.nan} NaN codes" for name, c in counts.items() if c.nan]

@@ -27,6 +27,7 @@ from .checks import add_up, check_weights, is_unscaled, laid_out_overflow, new_s
 from .cut import load_slices
 from .finish import finished
 from .fused import FusedTensors
+from .known import remember
 from .layout import check_layout, prepare_layout
 from .report import Report, make_report
 from .state_dict import rescale_by
@@ -231,7 +232,9 @@ class _Load:
         with uncollected():
             report = make_report(recipe, self.options, recipe.steps, counts, verdict, scales, fidelity)
             ordered = {name: tensors.get(name) for name in recipe.steps}
-            return finished(recipe, ordered, made, fused.tensors), report
+            state_dict = finished(recipe, ordered, made, fused.tensors)
+            remember(recipe, state_dict, counts, verdict)
+        return state_dict, report
 
     def _place(self, tensors: Mapping[str, torch.Tensor], decisions: Mapping[str, Decision]) -> FusedTensors:
         """Read what goes into fused tensors."""

@@ -9,6 +9,7 @@
 
 #include "codes.h"
 #include "dequantize.h"
+#include "module.h"
 #include "place.h"
 #include "requantize.h"
 
@@ -61,6 +62,11 @@ static int path_called(const char *name) {
         if (!strcmp(PATHS[i].name, name) && runs_here(name)) return (int)i;
     PyErr_Format(PyExc_ValueError, "no kernel path '%s' here", name);
     return -1;
+}
+
+fp8_translate_fn translator(const char *path) {
+    const int found = path_called(path);
+    return found < 0 ? NULL : PATHS[found].translate;
 }
 
 static const uint8_t *bytes_at(span memory) { return (const uint8_t *)(uintptr_t)memory.at; }
@@ -279,6 +285,8 @@ static PyMethodDef METHODS[] = {
      "dequantize(path, src, size, stride, dst, size, stride, rows, columns, height, width, top, left, scales, size)."},
     {"place", place, METH_VARARGS,
      "place(path, src, size, rows, columns, dst, size, stride): dst[c * stride + r] = src[r * columns + c], bytes."},
+    {"read", module_read, METH_VARARGS,
+     "read(path, handle, offset, done, piece, nanoseconds, segments, size, tables, size, cells, size) -> (done, error)."},
     {NULL, NULL, 0, NULL},
 };
 

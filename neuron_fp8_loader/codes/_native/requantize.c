@@ -7,9 +7,8 @@
 
 #define NEURON_MAX 240.0
 
-/* The value of each magnitude code, and the midpoints between neighbours up to 240. */
 typedef struct {
-    double value[FP8_NAN], midpoint[FP8_LARGEST_FIT];
+    double value[FP8_NAN]; /* of each magnitude code */
 } number_line;
 
 static void draw(number_line *line) {
@@ -17,8 +16,6 @@ static void draw(number_line *line) {
         const int exponent = code >> 3, mantissa = code & 7;
         line->value[code] = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
     }
-    for (int code = 0; code < FP8_LARGEST_FIT; code++)
-        line->midpoint[code] = (line->value[code] + line->value[code + 1]) / 2;
 }
 
 /* -- the scale of a row ------------------------------------------------------------------------------------------- */
@@ -31,11 +28,6 @@ static float fitting(double mantissa, double largest) {
     return (float)ldexp(mantissa, exponent < -126 ? -126 : exponent);
 }
 
-static int is_power_of_two(double x) {
-    int exponent;
-    return frexp(x, &exponent) == 0.5;
-}
-
 int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal) {
     /* Measured in single precision, each value x ratio is off by 2^-23 of itself at most, so (by the triangle
      * inequality) the root of the true error is off by 2^-23 of the root of the signal; the sums by 2^-13. */
@@ -43,6 +35,40 @@ int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES]
     const double least = sqrt(noise[0]) * (1 - 0x1p-12) - (exact[0] ? 0 : slack);
     const double most = sqrt(noise[1]) * (1 + 0x1p-12) + (exact[1] ? 0 : slack);
     return most <= (least > 0 ? least : 0);
+}
+
+int fp8_best_estimate(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal) {
+    /* what an estimate and a measurement are off by at most, together; as above, and more than enough */
+    const double slack = 0x1p-21 * sqrt(signal), less = 1 - 0x1p-11, more = 1 + 0x1p-11;
+    double low[FP8_CANDIDATES], high[FP8_CANDIDATES];
+    for (int k = 0; k < FP8_CANDIDATES; k++) {
+        const double root = sqrt(noise[k]), least = root * less - slack, most = root * more + slack;
+        low[k] = least > 0 ? least * least : 0;
+        high[k] = most * most;
+    }
+    const double for_first[FP8_CANDIDATES] = {high[0], low[1]}, for_second[FP8_CANDIDATES] = {low[0], high[1]};
+    if (fp8_best(for_second, exact, signal) == 1) return 1;
+    return fp8_best(for_first, exact, signal) == 0 ? 0 : -1;
+}
+
+static void measure_row(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, const double *scales,
+                        const uint8_t *runs, const float candidate[FP8_CANDIDATES], fp8_weighed *found) {
+    const size_t across = grid->columns / grid->width + (grid->columns % grid->width != 0);
+    double part[1 + FP8_CANDIDATES] = {0};
+    *found = (fp8_weighed){0, {0, 0}, {1, 1}};
+    for (size_t block = 0; block < across; block++) {
+        if (!runs[block]) continue;
+        const size_t left = block * grid->width;
+        const size_t right = grid->columns - left < grid->width ? grid->columns : left + grid->width;
+        float ratio[FP8_CANDIDATES];
+        for (int k = 0; k < FP8_CANDIDATES; k++) ratio[k] = fp8_ratio(scales[block], candidate[k], &found->exact[k]);
+        part[0] = 0;
+        for (size_t i = left; i < right; i += FP8_RUN)
+            path->measure(src + i, right - i < FP8_RUN ? right - i : FP8_RUN, ratio, part);
+        found->signal += part[0] * scales[block] * scales[block];
+    }
+    for (int k = 0; k < FP8_CANDIDATES; k++)
+        found->noise[k] = part[1 + k] * (double)candidate[k] * (double)candidate[k];
 }
 
 /* One row: its scale; adds to the error. */
@@ -60,29 +86,16 @@ static float choose(const fp8_requantizer *path, const uint8_t *src, const fp8_g
     candidate[1] = fitting(mantissa, largest);
     const float public_one = (float)(largest / NEURON_MAX);
     candidate[0] = public_one >= FLT_MIN ? public_one : candidate[1];
-    double sums[1 + FP8_CANDIDATES] = {0}, signal = 0;
-    int exact[FP8_CANDIDATES] = {1, 1};
-    for (size_t block = 0; block < across; block++) {
-        if (!runs[block]) continue;
-        const size_t left = block * grid->width;
-        const size_t right = grid->columns - left < grid->width ? grid->columns : left + grid->width;
-        float ratio[FP8_CANDIDATES];
-        for (int k = 0; k < FP8_CANDIDATES; k++) {
-            const double r = scales[block] / (double)candidate[k];
-            /* below 2^-40 every code becomes 0, and what is lost is far below the slack */
-            ratio[k] = r < 0x1p-40 ? 0 : (float)r;
-            exact[k] &= r >= 0x1p-40 && is_power_of_two(r);
-        }
-        sums[0] = 0;
-        for (size_t i = left; i < right; i += FP8_RUN)
-            path->measure(src + i, right - i < FP8_RUN ? right - i : FP8_RUN, ratio, sums);
-        signal += sums[0] * scales[block] * scales[block];
+    int best = -1;
+    fp8_weighed found;
+    if (path->estimate && path->estimate(src, grid->columns, grid->width, scales, runs, candidate, &found))
+        best = fp8_best_estimate(found.noise, found.exact, found.signal);
+    if (best < 0) {
+        measure_row(path, src, grid, scales, runs, candidate, &found);
+        best = fp8_best(found.noise, found.exact, found.signal);
     }
-    double noise[FP8_CANDIDATES];
-    for (int k = 0; k < FP8_CANDIDATES; k++) noise[k] = sums[1 + k] * (double)candidate[k] * (double)candidate[k];
-    const int best = fp8_best(noise, exact, signal);
-    error->signal += signal;
-    error->noise += noise[best];
+    error->signal += found.signal;
+    error->noise += found.noise[best];
     return candidate[best];
 }
 
@@ -99,20 +112,40 @@ typedef struct {
 #define WAYS ((size_t)16)
 #define ENTRIES (PANEL * WAYS)
 
+static double power_of_two(int exponent) {
+    const uint64_t bits = (uint64_t)(exponent + 1023) << 52;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static double rounded(double x) { return (x + 0x1p52) - 0x1p52; } /* of 0 to 16 */
+
 static void begin(pair *p, const number_line *line, double before, float after) {
     const double ratio = before / (double)after;
-    /* Both sides ascend, so one walk along the midpoints rounds every code: to nearest, ties to even. */
-    int nearest = 0;
-    for (int code = 0; code < FP8_NAN; code++) {
-        if (code >= 16 && p->table[code - 8] > 8) { /* twice a normal number that stayed one */
-            nearest = p->table[code - 8] + 8 < FP8_LARGEST_FIT ? p->table[code - 8] + 8 : FP8_LARGEST_FIT;
-        } else {
-            const double value = line->value[code] * ratio;
-            while (nearest < FP8_LARGEST_FIT &&
-                   (value > line->midpoint[nearest] || (value == line->midpoint[nearest] && (nearest & 1))))
-                nearest++;
+    int normal = 0; /* were the results of the last eight codes normal numbers, and no less than twice the smallest? */
+    for (int first = 0; first < FP8_CODES; first += 8) {
+        int least = FP8_NAN;
+        for (int i = 0; i < 8; i++) {
+            const int code = first + i;
+            int nearest;
+            if (normal) { /* twice the value */
+                nearest = p->table[code - 8] + 8;
+            } else if (code == FP8_NAN) {
+                nearest = FP8_LARGEST_FIT;
+            } else { /* adding a number whose last bit is that of the result rounds: to nearest, ties to even */
+                const double value = line->value[code] * ratio, large = value > 0x1p-6 ? value : 0x1p-6;
+                uint64_t bits;
+                memcpy(&bits, &large, sizeof bits);
+                const int exponent = (int)(bits >> 52) - 1023;
+                nearest = exponent > 7 ? FP8_LARGEST_FIT
+                                       : (exponent + 6) * 8 + (int)rounded(value * power_of_two(3 - exponent));
+            }
+            nearest = nearest < FP8_LARGEST_FIT ? nearest : FP8_LARGEST_FIT;
+            least = nearest < least ? nearest : least;
+            p->table[code] = (uint8_t)nearest;
         }
-        p->table[code] = (uint8_t)nearest;
+        normal = first && least > 8;
     }
     p->table[FP8_NAN] = FP8_NAN;
     p->before = before;
@@ -233,4 +266,4 @@ static void look_up_portable(const uint8_t *src, uint8_t *dst, size_t n, const u
     for (size_t i = 0; i < n; i++) dst[i] = (uint8_t)((src[i] & FP8_SIGN) | table[src[i] & FP8_MAGNITUDE]);
 }
 
-const fp8_requantizer fp8_requantizer_portable = {max_portable, measure_portable, look_up_portable};
+const fp8_requantizer fp8_requantizer_portable = {max_portable, measure_portable, NULL, look_up_portable};

@@ -9,6 +9,8 @@
 #ifndef NEURON_FP8_REQUANTIZE_H
 #define NEURON_FP8_REQUANTIZE_H
 
+#include <string.h>
+
 #include "format.h"
 
 #define FP8_CANDIDATES 2
@@ -23,6 +25,18 @@ typedef uint8_t (*fp8_max_fn)(const uint8_t *src, size_t n);
 typedef void (*fp8_measure_fn)(const uint8_t *src, size_t n, const float ratio[FP8_CANDIDATES],
                                double sums[1 + FP8_CANDIDATES]);
 
+/* A row under both candidates. */
+typedef struct {
+    double signal, noise[FP8_CANDIDATES]; /* sums of squares, in the values' own units */
+    int exact[FP8_CANDIDATES];            /* all ratios are powers of two, so that measuring rounds nothing */
+} fp8_weighed;
+
+/* What measuring the runs of a row gives, but for the last bits, without looking at each code: while results are normal
+ * numbers, a code's change is that of the code of the same mantissa, times a power of two. Returns 0 where too many are
+ * not. scales, runs: of the blocks along the row. NULL: there is no quicker way. */
+typedef int (*fp8_estimate_fn)(const uint8_t *src, size_t columns, size_t width, const double *scales,
+                               const uint8_t *runs, const float candidate[FP8_CANDIDATES], fp8_weighed *found);
+
 /* dst[i] = sign of src[i] | table[magnitude of src[i]]; dst may be src. */
 typedef void (*fp8_look_up_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES]);
 
@@ -31,8 +45,19 @@ typedef void (*fp8_look_up_fn)(const uint8_t *src, uint8_t *dst, size_t n, const
 typedef struct {
     fp8_max_fn max;
     fp8_measure_fn measure;
+    fp8_estimate_fn estimate;
     fp8_look_up_fn look_up;
 } fp8_requantizer;
+
+/* A block's scale over a candidate. Below 2^-40 every code becomes 0, and what is lost is far below any doubt. */
+FP8_INLINE float fp8_ratio(double scale, float candidate, int *exact) {
+    const double ratio = scale / (double)candidate;
+    uint64_t bits;
+    if (ratio < 0x1p-40) return *exact = 0, 0.0f;
+    memcpy(&bits, &ratio, sizeof bits);
+    *exact &= !(bits & (((uint64_t)1 << 52) - 1));
+    return (float)ratio;
+}
 
 extern const fp8_requantizer fp8_requantizer_portable;
 #ifdef FP8_HAVE_AVX2
@@ -61,5 +86,8 @@ int fp8_requantize(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst
 /* How fp8_requantize picks: the index of the candidate, from the sums of fp8_measure_fn in the values' own units.
  * exact[k]: all of its ratios are powers of two, so that measuring rounded nothing. */
 int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal);
+
+/* The same from estimates; -1 where measuring might come out otherwise. */
+int fp8_best_estimate(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal);
 
 #endif

@@ -1,0 +1,166 @@
+#define _GNU_SOURCE /* preadv, madvise */
+#include "read.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BUFFERS 256 /* of one preadv; Linux takes 1024 */
+#define ALIGNED ((uint64_t)4096)
+
+static uint64_t nanoseconds(clockid_t clock) {
+    struct timespec now;
+    if (clock_gettime(clock, &now)) return 0;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t down(uint64_t x, uint64_t unit) { return x / unit * unit; }
+static uint64_t up(uint64_t x, uint64_t unit) { return down(x + unit - 1, unit); }
+static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static uint64_t most(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+/* -- fresh memory ------------------------------------------------------------------------------------------------- */
+
+/* Backing a stretch at once is cheaper than a fault for each page as it is written to, and a page of 2 MiB costs a
+ * third of 512 small ones. But where the host of a virtual machine has taken back what the guest left free, large
+ * pages come from what is slow to get; then small ones are asked for after all. */
+#define HUGE ((uint64_t)2 << 20)
+#define STEP ((uint64_t)1 << 20)
+#define WORTH_POPULATING ((uint64_t)1 << 16)
+#define SLOW_IN_A_ROW 2
+
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23 /* from Linux 5.14 on; before, it is refused */
+#endif
+
+#ifdef MADV_POPULATE_WRITE
+static int advise(uint64_t first, uint64_t last, int advice) {
+    return madvise((void *)(uintptr_t)first, (size_t)(last - first), advice);
+}
+
+/* Back memory from `ready` on, at least up to `end`, with that of the tensor behind it that makes a step; returns how
+ * far it went. `state`: how many large pages in a row were slow. */
+static uint64_t back(uint64_t ready, uint64_t end, const fp8_segment *segment, uint8_t *state) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), last = segment->at + segment->size;
+    while (ready < end) {
+        const uint8_t slow = __atomic_load_n(state, __ATOMIC_RELAXED);
+        const uint64_t block = down(ready, HUGE), first = most(block, down(segment->from, page));
+        const uint64_t beyond = least(block + HUGE, up(segment->to, page));
+        const int large = slow < SLOW_IN_A_ROW && segment->to - segment->from >= HUGE;
+        const uint64_t stop = least(last, large ? block + HUGE : ready + STEP);
+        if (large) advise(first, beyond, MADV_HUGEPAGE); /* of the whole block: others may fill its other parts */
+        const uint64_t begin = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+        if (advise(down(ready, page), up(stop, page), MADV_POPULATE_WRITE)) return UINT64_MAX; /* not here, then */
+        if (large && beyond - first == HUGE && stop - ready >= HUGE / 2) {
+            const int was_slow = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - begin > HUGE / 2; /* 2 GB/s */
+            __atomic_store_n(state, was_slow ? (uint8_t)(slow + 1) : 0, __ATOMIC_RELAXED);
+        }
+        ready = stop;
+    }
+    return ready;
+}
+#else
+static uint64_t back(uint64_t ready, uint64_t end, const fp8_segment *segment, uint8_t *state) {
+    (void)ready, (void)end, (void)segment, (void)state;
+    return UINT64_MAX;
+}
+#endif
+
+/* -- a piece ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    size_t count, bytes;
+    struct iovec part[BUFFERS];
+} piece;
+
+/* The next bytes from `begin` of the first segment on, up to `limit` of them. */
+static void gather(const fp8_segment *segments, size_t n, uint64_t begin, uint64_t limit, piece *p) {
+    p->count = p->bytes = 0;
+    for (size_t i = 0; i < n && p->bytes < limit && p->count < BUFFERS; i++, begin = 0) {
+        const uint64_t at = segments[i].at + begin, room = limit - p->bytes;
+        uint64_t take = segments[i].size - begin;
+        if (take > room) { /* the next piece begins at a page: copies to aligned memory are faster */
+            const uint64_t whole = down(at + room, ALIGNED);
+            take = whole > at ? whole - at : room;
+        }
+        p->part[p->count++] = (struct iovec){(void *)(uintptr_t)at, (size_t)take};
+        p->bytes += (size_t)take;
+        if (begin + take < segments[i].size) return;
+    }
+}
+
+/* Fill a piece from `offset` on. Returns how many bytes there were; fewer than the piece has: *error says why. */
+static size_t fill(int handle, uint64_t offset, const piece *p, int *error) {
+    size_t total = 0, first = 0, into = 0; /* the next byte goes into part `first`, after `into` bytes */
+    while (total < p->bytes) {
+        struct iovec left[BUFFERS];
+        for (size_t i = first; i < p->count; i++) left[i - first] = p->part[i];
+        left[0].iov_base = (uint8_t *)left[0].iov_base + into;
+        left[0].iov_len -= into;
+        const ssize_t got = preadv(handle, left, (int)(p->count - first), (off_t)(offset + total));
+        if (got <= 0) {
+            *error = got ? errno : FP8_FILE_ENDS;
+            return total;
+        }
+        total += (size_t)got;
+        into += (size_t)got;
+        while (first < p->count && into >= p->part[first].iov_len) into -= p->part[first++].iov_len;
+    }
+    return total;
+}
+
+/* Count and translate `n` bytes of a segment, from `begin` on. */
+static void settle(const fp8_reader *reader, fp8_segment *s, uint64_t begin, size_t n) {
+    uint8_t *const at = (uint8_t *)(uintptr_t)(s->at + begin), *const cell = reader->cells + s->cell;
+    const uint8_t *const table = reader->tables + s->table * FP8_CODES;
+    fp8_counts counts = {0, 0, 0, 0};
+    if (s->how == FP8_KEEP) return;
+    const int decided = s->how == FP8_DECIDE && __atomic_load_n(cell, __ATOMIC_RELAXED);
+    reader->translate(at, decided ? at : NULL, n, table, &counts);
+    if (s->how == FP8_DECIDE && !decided) {
+        if (counts.above) {
+            fp8_counts again = {0, 0, 0, 0};
+            __atomic_store_n(cell, 1, __ATOMIC_RELAXED);
+            reader->translate(at, at, n, table, &again);
+        } else {
+            s->put_off = begin + n; /* all before is, too: a decision is not taken back */
+        }
+    }
+    s->max = most(s->max, counts.max);
+    s->above += counts.above;
+    s->lossy += counts.lossy;
+    s->nan += counts.nan;
+}
+
+uint64_t fp8_read(const fp8_reader *reader, fp8_segment *segments, size_t n, uint64_t done, int *error) {
+    const uint64_t stop = nanoseconds(CLOCK_MONOTONIC) + reader->nanoseconds;
+    uint64_t begin = done; /* in the first of the segments that are left */
+    uint64_t ready = 0;
+    piece p;
+    *error = 0;
+    while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
+    while (n) {
+        gather(segments, n, begin, reader->piece, &p);
+        for (size_t i = 0; i < p.count; i++) {
+            const fp8_segment *s = segments + i;
+            const uint64_t at = (uint64_t)(uintptr_t)p.part[i].iov_base, end = at + p.part[i].iov_len;
+            if (s->size < WORTH_POPULATING || ready == UINT64_MAX) continue;
+            if (ready < at || ready > s->at + s->size) ready = at;
+            ready = back(ready, end, s, reader->cells);
+        }
+        const size_t got = fill(reader->handle, reader->offset + done, &p, error);
+        if (got < p.bytes) {
+            if (*error != EINTR) return done + got;
+            *error = 0; /* for the caller to let Python see to the signal, and to call again */
+            return done;
+        }
+        for (size_t i = 0; i < p.count; i++) settle(reader, segments + i, i ? 0 : begin, p.part[i].iov_len);
+        done += p.bytes;
+        begin += p.bytes;
+        while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
+        if (nanoseconds(CLOCK_MONOTONIC) >= stop) break;
+    }
+    return done;
+}

@@ -1,0 +1,18 @@
+/* Stands between the native reader and the system: read.c is compiled with -Dpreadv=hooked_preadv. */
+#define _GNU_SOURCE
+#include <sys/uio.h>
+#include <unistd.h>
+
+typedef ssize_t (*read_fn)(int, const struct iovec *, int, off_t);
+
+read_fn preadv_hook;
+int preadv_delay; /* microseconds before each read */
+int preadv_count;
+
+ssize_t hooked_preadv(int handle, const struct iovec *parts, int count, off_t offset);
+
+ssize_t hooked_preadv(int handle, const struct iovec *parts, int count, off_t offset) {
+    __atomic_fetch_add(&preadv_count, 1, __ATOMIC_RELAXED);
+    if (preadv_delay) usleep((unsigned)preadv_delay);
+    return preadv_hook ? preadv_hook(handle, parts, count, offset) : preadv(handle, parts, count, offset);
+}
