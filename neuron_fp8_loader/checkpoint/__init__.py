@@ -3,10 +3,12 @@
 from .bin import load_bin
 from .files import Checkpoint, open_checkpoint
 from .given import existing, existing_file
+from .headers import safetensors_name
 from .info import TensorInfo, describe
 from .ranges import Range
 from .reader import Decision, WeightJob
 from .regular import check_unchanged
+from .remote import RemotePath, exists
 from .source import Fill, Source
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "Decision",
     "Fill",
     "Range",
+    "RemotePath",
     "Source",
     "TensorInfo",
     "WeightJob",
@@ -21,6 +24,8 @@ __all__ = [
     "describe",
     "existing",
     "existing_file",
+    "exists",
     "load_bin",
     "open_checkpoint",
+    "safetensors_name",
 ]

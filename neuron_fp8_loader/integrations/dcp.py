@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import existing, open_checkpoint
 from ..codes.dequantize import scale_values
 from ..codes.scales import is_e8m0
 from ..errors import CheckpointError, OptionError, listing
@@ -89,7 +88,7 @@ class NeuronStorageReader(HuggingFaceStorageReader):
         self._open()
 
     def _open(self) -> None:
-        path = Path(self.path)
+        path = existing(self.path, download=self._options.download)
         parts = sorted((path if path.is_dir() else path.parent).glob("shard-*-model-*.safetensors"))
         if len(parts) > 1:
             raise CheckpointError(
