@@ -148,8 +148,10 @@ def _weights(files: Sequence[str]) -> list[str]:
 @contextmanager
 def _worded(repository: Repository) -> Iterator[None]:
     """The library's errors in our words."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(f"{repository}: HF_HUB_OFFLINE is set, so the Hub is not asked")
     try:
         yield
     except errors.GatedRepoError as error:
@@ -163,8 +165,6 @@ def _worded(repository: Repository) -> Iterator[None]:
             f"{repository}: is neither a path nor a repository on the Hub that you may see; if it is private, log in "
             "(`hf auth login`, or HF_TOKEN)"
         ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise CheckpointError(f"{repository}: HF_HUB_OFFLINE is set, so the Hub is not asked") from error
     except FileNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise CheckpointError(f"{repository}: the Hub cannot be reached ({_short(error)})") from error
