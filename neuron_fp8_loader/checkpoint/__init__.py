@@ -8,10 +8,11 @@ from .info import TensorInfo, describe
 from .ranges import Range
 from .reader import Decision, WeightJob
 from .regular import check_unchanged
-from .remote import RemotePath, exists
+from .remote import URL, RemotePath, exists
 from .source import Fill, Source
 
 __all__ = [
+    "URL",
     "Checkpoint",
     "Decision",
     "Fill",
