@@ -27,6 +27,7 @@ from neuron_fp8_loader import (
     safe_open,
 )
 from neuron_fp8_loader.checkpoint import fetch, remote, store
+from neuron_fp8_loader.host.cache import forget
 from neuron_fp8_loader.tools.scan import scan_checkpoint
 from tests.servers import Bucket, Request, bucket_server
 from tests.support import DATA, ROOT, TINY, blob, random_codes, save, save_shards
@@ -452,33 +453,51 @@ def test_who_may_read_but_not_list(tmp_path: Path, bucket: Bucket) -> None:
     assert "s3:ListBucket" in error_of("s3://models/other")
 
 
-def test_an_interrupt_does_not_wait_for_the_store(
-    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small_requests(monkeypatch, 64 << 10)
-    url = bucket.put(some_weights(tmp_path / "m"), "m")
+@pytest.mark.parametrize("what", ["listing", "headers", "data", "experts"])
+def test_an_interrupt_does_not_wait_for_the_store(what: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    small_requests(monkeypatch, 32 << 10)
+    local = DATA / "ct_fp8_dynamic_moe"
+    url = bucket.put(local, "moe")
+    options: dict[str, Any] = {"experts": "fused", "layout": "per_channel"} if what == "experts" else {}
     hold, waiting = threading.Event(), threading.Event()
 
     def block(request: Request) -> None:
-        if request.start:
+        held = {"listing": request.method == "LIST", "headers": request.method == "GET"}
+        if held.get(what, request.start > 200_000):
             waiting.set()
             hold.wait(60)
 
     bucket.fault = block  # type: ignore[assignment]
 
     def interrupt() -> None:
-        waiting.wait(30)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if waiting.wait(30):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            load_state_dict(url)
+            load_state_dict(url, **options)
+        assert waiting.is_set()
         assert not hold.is_set()
     finally:
         hold.set()
     bucket.fault = None
-    same(load_state_dict(url), load_state_dict(tmp_path / "m"))
+    same(load_state_dict(url, **options), load_state_dict(local, **options))
+
+
+def test_loads_side_by_side(bucket: Bucket) -> None:
+    url, local = bucket.put(DATA / "derived_split_shards", "split"), DATA / "derived_split_shards"
+    expected, found = load_state_dict(local), list[Any]()
+    threads = [threading.Thread(target=lambda: found.append(outcome(url))) for _ in range(8)]
+    forget()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    for one in found:
+        same(one, expected)
 
 
 _FORKS = """

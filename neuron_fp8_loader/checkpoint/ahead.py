@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,19 @@ class Ahead:
                 if got is not None:
                     return got
                 if number in self._held:
-                    self._changed.wait()
+                    self._wait()
                     continue
                 self._held[number] = None
-            self._bring(number)
+            if not daemons(1, partial(self._bring, number)):
+                self._bring(number)
+
+    def _wait(self) -> None:
+        try:
+            self._changed.wait()
+        except BaseException:  # an interrupt: the others need not wait for the store either
+            self._over = True
+            self._changed.notify_all()
+            raise
 
     def _took(self, number: int, nbytes: int) -> None:
         with self._changed:

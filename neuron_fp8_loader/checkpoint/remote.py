@@ -7,10 +7,12 @@ import fnmatch
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import CheckpointError
 
@@ -20,6 +22,8 @@ HEAD = 256 << 10
 USUAL = tuple(stem + end for stem in ("model.safetensors", "diffusion_pytorch_model.safetensors")
               for end in ("", ".index.json"))  # fmt: skip
 """What a checkpoint is known by where directories cannot be listed."""
+
+Value = TypeVar("Value")
 
 URL = re.compile(r"(s3|gs|az|https?|hf):/+", re.IGNORECASE)
 _COLLAPSED = re.compile(r"^([A-Za-z0-9]+):/(?=[^/])")
@@ -84,17 +88,18 @@ class Store:
             head = f"{key}/" if key else ""
             known = {name: self.find(head + name) for name in USUAL}
             return {name: entry for name, entry in known.items() if entry is not None}, []
-        if key not in self.listings:
+        listing = self.listings.get(key)
+        if listing is None:
             files, directories = list[Entry](), list[str]()
             try:
-                files, directories = self.backend.listed(key)
+                files, directories = _aside(lambda: self.backend.listed(key))
             except FileNotFoundError:
                 pass
             except PermissionError as error:  # its files may be readable all the same
                 self.denied = str(error)
                 return self.directory(key)
-            self.listings[key] = {entry.name: entry for entry in files}, directories
-        return self.listings[key]
+            listing = self.listings[key] = {entry.name: entry for entry in files}, directories
+        return listing
 
     def find(self, key: str) -> Entry | None:
         """A file, if it is there."""
@@ -103,14 +108,31 @@ class Store:
             files, _ = self.directory(directory)
             if not self.denied:
                 return files.get(name)
-        if key not in self._found:
+        found = self._found
+        if key not in found:
             try:
-                self._found[key] = self.backend.entry(key)
+                found[key] = _aside(lambda: self.backend.entry(key))
             except FileNotFoundError:
-                self._found[key] = None
+                found[key] = None
             except PermissionError as error:  # S3 says so of what is not there, too, to those who may not list
-                self._found[key], self.denied = None, str(error)
-        return self._found[key]
+                found[key], self.denied = None, str(error)
+        return found[key]
+
+
+def _aside(work: Callable[[], Value]) -> Value:
+    """Do it, in the main thread so that an interrupt does not wait for the store: it is left to itself then."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    done: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="neuron-fp8-ask", daemon=True).start()
+    return done.result()
 
 
 _stores: dict[Hashable, Store] = {}
@@ -210,7 +232,8 @@ class RemotePath(PosixPath):
     def get(self, known: Entry, start: int, end: int) -> Any:
         """A range of the file that is known, exactly; as a buffer."""
         try:
-            found = self.store.backend.get(self.key, known, start, end)
+            backend = self.store.backend
+            found = _aside(lambda: backend.get(self.key, known, start, end))
         except FileNotFoundError as error:
             raise CheckpointError(f"{self}: is gone since it was found; load again") from error
         except PermissionError as error:
@@ -228,10 +251,9 @@ class RemotePath(PosixPath):
         One request for a header or a config, two for a long header.
         """
         entry = self.entry
-        end = min(entry.size, offset + length)
-        if end > len(entry.head):
-            more = self.get(entry, len(entry.head), min(entry.size, max(end, HEAD)))
-            entry.head += bytes(more)
+        head, end = entry.head, min(entry.size, offset + length)
+        if end > len(head):  # another thread may read the same: either makes the same of it
+            entry.head = head + bytes(self.get(entry, len(head), min(entry.size, max(end, HEAD))))
         return entry.head[offset:end]
 
 
