@@ -46,6 +46,7 @@ class OptionKeywords(TypedDict, total=False):
     dequantize: str | Sequence[str]
     threads: int | None
     progress: bool | None
+    download: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class How:
 
     threads: int | None = None
     progress: bool | None = None
+    download: bool = False
 
     def thread_count(self) -> int:
         """The number of threads to use. Raises OptionError for a malformed environment variable."""
@@ -116,6 +118,7 @@ class Options(How, What):
             weight scales are dropped.
         threads: how many read and translate; default ``NEURON_FP8_LOADER_THREADS``, else what suits the host.
         progress: show a progress bar; default: on a terminal, for loads that last.
+        download: fetch a repository of the Hugging Face Hub that is not in the local cache.
     """
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class Options(How, What):
         threads = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise OptionError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        if not isinstance(self.download, bool):
+            raise OptionError(f"download={self.download!r}: expected True or False")
         if self.progress is not None and not isinstance(self.progress, bool):
             raise OptionError(f"progress={self.progress!r}: expected True, False or None")
 

@@ -7,7 +7,6 @@ advisory and configs go stale, dtypes do not. So nothing in here raises: a broke
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .regular import LONGEST_CONFIG, read_json
+from .remote import exists
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -106,7 +106,7 @@ def _header(metadata: Mapping[str, str]) -> Iterator[tuple[str, Section]]:
 
 
 def _json(file: Path, remarks: list[str]) -> dict[str, Any]:
-    if not os.path.exists(file):
+    if not exists(file):
         return {}
     try:
         content = read_json(file, LONGEST_CONFIG)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from ..errors import CheckpointError, Shown, listing
 from ..host.cache import cached
+from .fetch import pump
 from .find import find
 from .given import existing
 from .headers import Header, digest_of, read_header
 from .index import Index
 from .info import TensorInfo
 from .regular import Stamp, stamp
+from .remote import RemotePath
+from .remote_source import RemoteSource
 from .source import BinSource, SafetensorsSource, Source
 
 _BYTES_A_TENSOR = 400
@@ -59,6 +62,11 @@ class Checkpoint:
         return self.files[0].suffix == ".bin"
 
     @property
+    def is_remote(self) -> bool:
+        """Does it lie in a store?"""
+        return isinstance(self.files[0], RemotePath)
+
+    @property
     def is_part(self) -> bool:
         """Is it one shard of several?"""
         return len(self.selected) < len(self.files)
@@ -66,6 +74,8 @@ class Checkpoint:
     @property
     def source(self) -> Source:
         """Where the bytes come from."""
+        if self.is_remote:
+            return RemoteSource(self.stamps)
         return BinSource(self.files, self.stamps) if self.is_bin else SafetensorsSource(self.stamps)
 
     @property
@@ -77,7 +87,7 @@ class Checkpoint:
         return [info for file in self.files if file in self.selected for info in self.by_file[file]]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, download: bool = False, headers_only: bool = False) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Headers are kept between calls: where the files are what they were, opening the next shard of a set costs a look
@@ -86,13 +96,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: a directory (``model.safetensors``, an index with its shards, or ``pytorch_model.bin``), a single
             ``.safetensors`` or ``.bin`` file, or an index file. A single file that an index beside it lists is
-            opened with its sibling shards, so that pairs that reach across shards are found.
+            opened with its sibling shards, so that pairs that reach across shards are found. Or one of these in a
+            store, or a repository of the Hub: see ``existing``.
+        download, headers_only: as ``existing`` takes them.
 
     Raises:
         CheckpointError: nothing there, files missing or left over, or index and shards disagree; all at once.
         OptionError: ``path`` is no path.
     """
-    path = existing(path)
+    path = existing(path, download=download, headers_only=headers_only)
     try:
         index, files = find(path)
         if index is not None:
@@ -100,13 +112,27 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be listed: {error.strerror}") from error
     stamps = {file: stamp(file) for file in files}
-    digests = tuple(digest_of(file, known) for file, known in stamps.items())
+    digests = tuple(_digests(stamps))
     key = ("checkpoint", _fingerprint(stamps, digests), index and (str(index.path), index.stamp))
     whole = cached(key, lambda: _Whole(path, index, stamps, digests), lambda whole: whole.nbytes)
     selected = frozenset([path]) if path in stamps else frozenset(files)
     metadata = {key: text for file in files if file in selected for key, text in whole.metadata[file].items()}
     at = index.path if index else None
     return Checkpoint(path, files, selected, whole.tensors, whole.by_file, metadata, at, stamps, digests)
+
+
+def _digests(stamps: Mapping[Path, Stamp]) -> list[bytes]:
+    """Of all headers, in the order of the files; from a store they come all at once."""
+    if not isinstance(next(iter(stamps)), RemotePath):
+        return [digest_of(file, known) for file, known in stamps.items()]
+    if any(file.suffix == ".bin" for file in stamps):
+        raise CheckpointError(
+            f"{next(iter(stamps))}: .bin files are pickled, and read from a directory only; download them, or take "
+            "the checkpoint's safetensors files"
+        )
+    found: dict[Path, bytes] = {}
+    pump(list(stamps), lambda file: digest_of(file, stamps[file]), found.__setitem__)
+    return [found[file] for file in stamps]
 
 
 def _fingerprint(stamps: Mapping[Path, Stamp], digests: tuple[bytes, ...]) -> tuple[object, ...]:

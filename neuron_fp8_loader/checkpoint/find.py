@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError, printable
 from .given import nothing_in, require_format
 from .index import SHARD, SUFFIX, Index
+from .remote import exists
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _BIN = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
@@ -37,7 +37,7 @@ def find(path: Path) -> tuple[Index | None, tuple[Path, ...]]:
 
 def _in_directory(path: Path) -> tuple[Index | None, tuple[Path, ...]]:
     for single in (path / name for name in _SINGLE):
-        if os.path.exists(single):
+        if exists(single):
             return _own_index(single), (single,)
     shards = sorted(path.glob("*.safetensors"))
     index = _index_in(path, shards)
@@ -45,7 +45,7 @@ def _in_directory(path: Path) -> tuple[Index | None, tuple[Path, ...]]:
         return index, index.files
     if len(shards) > 1 or (shards and SHARD.match(shards[0].name)):
         _require_one_set(path, shards)
-    shards = shards or [path / name for name in _BIN if os.path.exists(path / name)][:1]
+    shards = shards or [path / name for name in _BIN if exists(path / name)][:1]
     if not shards:
         raise CheckpointError(f"{path}: {nothing_in(path)}")
     return None, tuple(shards)
@@ -54,7 +54,7 @@ def _in_directory(path: Path) -> tuple[Index | None, tuple[Path, ...]]:
 def _own_index(file: Path) -> Index | None:
     """The index of a checkpoint of one file; one that lists shards is left over from another form of it."""
     path = file.with_name(file.name + SUFFIX)
-    if not os.path.exists(path):
+    if not exists(path):
         return None
     index = Index(path)
     return index if index.files == (file,) else None
@@ -91,18 +91,18 @@ def _index_of(file: Path) -> Index | None:
 def _is_left_over(index: Index, file: Path) -> bool:
     """Does it list the file among others of which none is there? A file that is not numbered is whole without them."""
     others = [other for other in index.files if other != file]
-    return bool(others) and not SHARD.match(file.name) and not any(os.path.exists(other) for other in others)
+    return bool(others) and not SHARD.match(file.name) and not any(exists(other) for other in others)
 
 
 def _index_in(directory: Path, shards: Sequence[Path]) -> Index | None:
     found = sorted(directory.glob("*.safetensors" + SUFFIX))
     if not shards:  # else an index of .bin files is left over: they are often not fetched
         found = found or sorted(directory.glob("*.bin" + SUFFIX))
-        shards = [directory / name for name in _BIN if os.path.exists(directory / name)]
+        shards = [directory / name for name in _BIN if exists(directory / name)]
     named = [path for path in found if path.name in _INDEXES]
     indexes = [Index(path) for path in named or found]
     if shards:  # one that lists none of the files that are there belongs to files that are not
-        indexes = [index for index in indexes if any(os.path.exists(file) for file in index.files)]
+        indexes = [index for index in indexes if any(exists(file) for file in index.files)]
     if len(indexes) > 1:
         raise CheckpointError(
             f"{directory}: {len(indexes)} indexes ({_names(index.path for index in indexes)}); give the path of one "

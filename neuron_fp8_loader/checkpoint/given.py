@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError, Shown, ShownPath
+from . import store  # noqa: F401  whose schemes RemotePath opens
+from .hub import Repository, on_the_hub, snapshot
 from .regular import stamp
+from .remote import URL, RemotePath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _OTHER_FORMATS = {
     ".gguf": "is a GGUF file, whose weights are in formats of llama.cpp; get the checkpoint's safetensors files",
@@ -29,18 +31,34 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _GGUF = b"GGUF"
 
 
-def existing(path: str | os.PathLike[str], argument: str = "path") -> Path:
-    """The path, given as ``argument``, which leads to a directory or a regular file.
+def existing(
+    path: str | os.PathLike[str], argument: str = "path", *, download: bool = False, headers_only: bool = False
+) -> Path:
+    """The path, given as ``argument``, which leads to a directory or a regular file, here or in a store.
+
+    Args:
+        path: a path; the URL of a file or prefix in a store (``s3://``, ``gs://``, ``az://``, ``http(s)://``); or,
+            where nothing lies at such a path, ``org/name[@revision]`` of the Hugging Face Hub, also as ``hf://...``.
+        download: fetch a repository of the Hub that is not in its cache.
+        headers_only: look at a repository on the Hub itself if it is not in the cache.
+
+    Returns:
+        a ``RemotePath`` for what lies in a store, as the store has it now; the root of a Hub cache leads to its
+        snapshot.
 
     Raises:
         CheckpointError: there is none; the text says what the path looks like and what to do.
         OptionError: not a path at all.
     """
+    if isinstance(path, RemotePath):
+        return path
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"{argument}={path!r}: expected a path, not a {type(path).__name__}")
     given = os.fsdecode(path)
     if not given:
         raise CheckpointError("the path is empty; give a directory, a .safetensors or .bin file, or an index")
+    if URL.match(given) and not given.lower().startswith("hf:"):
+        return _in_store(given)
     try:
         found = os.path.exists(given)
         if not found:
@@ -50,20 +68,56 @@ def existing(path: str | os.PathLike[str], argument: str = "path") -> Path:
     except (OSError, ValueError) as error:  # a name too long, or with a null byte
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CheckpointError(f"{given[:200]!r}: cannot be read: {reason}") from error
+    repository = None if found else Repository.of(given)
+    if repository is not None and not os.path.exists(os.path.dirname(given) or "."):
+        try:
+            return snapshot(repository, download=download)
+        except CheckpointError:
+            if not headers_only or download:
+                raise
+            return on_the_hub(repository)
     if not found:
         raise CheckpointError(f"{Shown(given)}: {_missing(given)}")
     if not os.path.isdir(given):
         stamp(ShownPath(given))
-    return ShownPath(given)
+    return _cached_snapshot(ShownPath(given)) or ShownPath(given)
 
 
-def existing_file(path: str | os.PathLike[str], function: str) -> Path:
+def _in_store(given: str) -> RemotePath:
+    path = RemotePath(given)
+    if given.lower().startswith("http") and ("?" in given or "#" in given):
+        raise CheckpointError(
+            f"{given.partition('?')[0]}?...: is a URL with a query, as presigned ones are, which is for one file "
+            "and a while; download it, or give credentials and the s3:// URL"
+        )
+    if len(path.parts) < 2:
+        raise CheckpointError(f"{given}: names no bucket")
+    path.store.forget()
+    if not path.exists() or (not path.key and path.store.denied):
+        denied = path.store.denied
+        raise CheckpointError(denied or f"{given}: there is no such object, and nothing below such a prefix")
+    return path
+
+
+def _cached_snapshot(directory: Path) -> Path | None:
+    """The current snapshot, if this is the root of a repository in a Hub cache (``models--org--name``)."""
+    if not directory.resolve().name.startswith("models--"):
+        return None
+    try:
+        current = directory / "snapshots" / (directory / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        snapshots = [found for found in directory.glob("snapshots/*") if found.is_dir()]
+        return snapshots[0] if len(snapshots) == 1 else None
+    return current if current.is_dir() else None
+
+
+def existing_file(path: str | os.PathLike[str], function: str, *, download: bool = False) -> Path:
     """The path of a regular ``.safetensors`` or ``.bin`` file, for a function that takes one.
 
     Raises:
         CheckpointError: there is none, or it is of another kind.
     """
-    file = existing(path, "filename")
+    file = existing(path, "filename", download=download)
     if file.is_dir():
         raise CheckpointError(
             f"{file}: is a directory; {function} takes one .safetensors file, load_state_dict a directory"
@@ -115,10 +169,7 @@ def nothing_in(directory: Path) -> str:
 
 def _missing(given: str) -> str:
     if _URL.match(given):
-        return "is a URL, and only local files are read; download it first and give the directory"
-    if _HUB_ID.fullmatch(given) and not os.path.exists(os.path.dirname(given)):
         return (
-            "is neither a file nor a directory; it looks like a Hub id: download it first with "
-            f"`hf download {Shown(given)} --local-dir DIR`, and give DIR"
+            "is a URL of a kind that is not read (s3, gs, az, http and https are); download it and give the directory"
         )
     return "no such file or directory"

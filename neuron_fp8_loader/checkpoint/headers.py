@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from .bin import load_bin
 from .given import refuse_stand_in
 from .info import TensorInfo, describe
 from .regular import Stamp, check_unchanged, opened, parse_json, read_at, remembered
+from .remote import RemotePath
 
 _LONGEST = 100_000_000  # safetensors refuses longer ones
 _LARGEST = 2**63 - 1  # torch's sizes and strides are int64
@@ -33,6 +36,12 @@ _DTYPES: dict[str, tuple[str, int]] = {
     "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
     "F8_E8M0": ("float8_e8m0fnu", 8), "F4": ("float4_e2m1fn_x2", 4),
 }  # fmt: skip
+_NAMES = {torch_name: name for name, (torch_name, _bits) in _DTYPES.items()}
+
+
+def safetensors_name(dtype: str) -> str:
+    """safetensors' name of a dtype, ``"F8_E4M3"``, by torch's."""
+    return _NAMES[dtype]
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def _of_safetensors(file: Path, known: Stamp, digest: bytes) -> Header:
         raw = _raw(file, handle, now)
     try:
         # its own parser is the judge of what is sound: names, offsets end to end, no byte left over
-        with safetensors.safe_open(str(file), framework="pt", device="cpu") as parsed:
+        with _in_full(file, raw, known) as here, safetensors.safe_open(here, framework="pt", device="cpu") as parsed:
             count = len(parsed.keys())
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(
@@ -116,6 +125,19 @@ def _of_safetensors(file: Path, known: Stamp, digest: bytes) -> Header:
     if end != known.size:
         raise CheckpointError(f"{file}: the header ends at byte {end}, the file at {known.size}")
     return Header(tuple(tensors), metadata, known, digest)
+
+
+@contextmanager
+def _in_full(file: Path, raw: bytes, known: Stamp) -> Iterator[str]:
+    """A local file with this header, as long as the file is: itself, or for one in a store a hollow one."""
+    if not isinstance(file, RemotePath):
+        yield str(file)
+        return
+    with tempfile.NamedTemporaryFile(prefix="neuron-fp8-") as hollow:
+        hollow.write(raw)
+        hollow.truncate(known.size)
+        hollow.flush()
+        yield hollow.name
 
 
 def _tensors(file: Path, content: Mapping[str, Any], begin: int) -> list[TensorInfo]:

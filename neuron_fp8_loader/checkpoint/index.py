@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, listing
 from .info import TensorInfo
 from .regular import LONGEST_INDEX, read_json, remembered, stamp
+from .remote import exists, names_in
 
 SUFFIX = ".index.json"
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ext>\.safetensors|\.bin)$")
@@ -51,10 +51,10 @@ class Index:
 
     def check_files(self) -> None:
         """Raise CheckpointError for shards that are missing, or left over from another version of the set."""
-        problems = [f"missing shard {file.name}" for file in self.files if not os.path.exists(file)]
+        problems = [f"missing shard {file.name}" for file in self.files if not exists(file)]
         sets = {(m["stem"], m["count"], m["ext"]) for file in self.files if (m := SHARD.match(file.name))}
         listed = {file.name for file in self.files}
-        for other in sorted(os.listdir(self.path.parent)):
+        for other in sorted(names_in(self.path.parent)):
             match = SHARD.match(other)
             if match and (match["stem"], match["count"], match["ext"]) in sets and other not in listed:
                 problems.append(f"extra shard {other}, of the same set but not in the index")

@@ -22,6 +22,11 @@ class Decision:
     convert: bool = False
     deferred: list[Segment] | None = None
 
+    def put_off(self, segment: Segment) -> None:
+        """To be called by one thread at a time."""
+        self.deferred = self.deferred or []
+        self.deferred.append(segment)
+
 
 class WeightJob(NamedTuple):
     """What to do with the bytes of one FP8 weight: translate them by ``table`` if ``decision`` says so, or only

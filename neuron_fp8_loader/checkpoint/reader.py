@@ -60,8 +60,7 @@ def read(
         with lock:
             counts[segment.name] = counts[segment.name] + seen
             if put_off is not None:
-                put_off.deferred = put_off.deferred or []
-                put_off.deferred.append(segment)
+                put_off.put_off(segment)
 
     def settle(segment: Segment) -> None:
         name, start, end = segment
@@ -111,7 +110,7 @@ def read(
                 runs = cut(infos, PIECE, _MAX_BUFFERS)
             with _bounded(total):
                 run(runs, work, threads)
-    _finish_deferred(weights, tensors, threads)
+    finish_deferred(weights, tensors, threads)
     return tensors, counts
 
 
@@ -171,7 +170,8 @@ def _bounded(nbytes: int) -> AbstractContextManager[object]:
     return uncollected() if nbytes <= _SECONDS_OF_READING else nullcontext()
 
 
-def _finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:
+def finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:
+    """Translate what was put off, where its scale turned out to be doubled."""
     decisions = {id(job.decision): job.decision for job in weights.values() if job.decision is not None}
     late = [part for decision in decisions.values() if decision.convert for part in decision.deferred or ()]
 

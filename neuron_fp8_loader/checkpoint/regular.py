@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import CheckpointError, printable
 from ..host.cache import cached
+from .remote import RemotePath
 
 LONGEST_CONFIG = 64 << 20
 LONGEST_INDEX = 1 << 30
@@ -35,7 +36,8 @@ class Stamp(NamedTuple):
     """What a file is: another file, or the same one written to, has another stamp.
 
     ``ctime_ns`` is for what is kept between loads: a time of change cannot be set back. While a file is read it says
-    too much, since renaming or linking a file changes it too.
+    too much, since renaming or linking a file changes it too. ``tag`` is the ETag of an object in a store, which says
+    what its bytes are.
     """
 
     device: int
@@ -43,6 +45,7 @@ class Stamp(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+    tag: str = ""
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
@@ -50,7 +53,7 @@ class Stamp(NamedTuple):
 
     def is_settled(self) -> bool:
         """Was the last change so long ago that another one gives another stamp for sure?"""
-        return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > _SETTLED
+        return bool(self.tag) or time.time_ns() - max(self.mtime_ns, self.ctime_ns) > _SETTLED
 
 
 Value = TypeVar("Value")
@@ -71,6 +74,9 @@ def remembered(
 
 def stamp(file: Path) -> Stamp:
     """The stamp of a regular file. Raises CheckpointError for anything else, without opening it."""
+    if isinstance(file, RemotePath):
+        entry = file.entry
+        return Stamp(-1, 0, entry.size, entry.modified_ns, 0, entry.tag)
     try:
         status = os.stat(file)
     except (OSError, ValueError) as error:
@@ -86,8 +92,14 @@ def check_unchanged(file: Path, expected: Stamp) -> None:
 
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[int, Stamp]]:
-    """The descriptor of a regular file, for reading, and its stamp. Never waits, as opening a FIFO would."""
-    stamp(file)
+    """The descriptor of a regular file, for reading, and its stamp. Never waits, as opening a FIFO would.
+
+    A file in a store has the descriptor -1, which ``read_at`` takes.
+    """
+    known = stamp(file)
+    if isinstance(file, RemotePath):
+        yield -1, known
+        return
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
@@ -195,6 +207,8 @@ def failed(file: Path, at: int, number: int, names: Iterable[str] = ()) -> Check
 
 def read_at(file: Path, handle: int, offset: int, length: int) -> bytes:
     """``length`` bytes from ``offset`` on; fewer where the file ends before. Raises as ``fill``."""
+    if isinstance(file, RemotePath):
+        return file.read(offset, length)
     content = bytearray(length)
     got = fill(file, handle, [memoryview(content)] if length else [], offset)
     return bytes(content[:got])

@@ -42,8 +42,9 @@ def _ready_streams() -> None:
 def main() -> None:
     """GPU FP8 (e4m3fn) checkpoints on AWS Neuron: look before you load.
 
-    CKPT is a directory, a .safetensors or .bin file, or an index file. Nothing here needs a Neuron package, a device
-    or a network; CKPT is only read.
+    CKPT is a directory, a .safetensors or .bin file, or an index file; the URL of one in a store (s3://bucket/prefix);
+    or org/name[@revision], a repository in the cache of the Hugging Face Hub. Nothing here needs a Neuron package or a
+    device, nor a network for what is local; CKPT is only read.
 
     Exit codes: 0 fine, 1 a finding, 2 wrong use or broken input, 130 interrupted.
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -35,6 +34,10 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            if ctx.meta.get(_DOWNLOAD):
+                from ..checkpoint import existing
+
+                existing(ctx.params["ckpt"], download=True)  # the command finds it in the cache
             return super().invoke(ctx)
         except Fp8LoaderError as error:
             _fail(ctx, as_given(one_line(str(error))))
@@ -44,10 +47,11 @@ class Command(click.Command):
             name = f"{error.filename}: " if error.filename else ""
             _fail(ctx, printable(f"{name}{error.strerror or error}"))
         except MemoryError:
+            from ..checkpoint import existing
             from ..load.files import bytes_on_disk
 
             place = str(ctx.params.get("ckpt", ""))
-            needed = size(bytes_on_disk(Path(place)))
+            needed = size(bytes_on_disk(existing(place)))
             _fail(ctx, printable(f"{place}: not enough memory: {needed} needed to map its files; see ulimit -v"))
         except ModuleNotFoundError as error:
             if error.name not in ("numpy", "ml_dtypes"):
@@ -93,8 +97,18 @@ def as_given(text: str) -> str:
     return _OPTION.sub(lambda m: f"--{m[1].replace('_', '-')} {shlex.quote(m[3])}", text)
 
 
+_DOWNLOAD = "neuron_fp8_loader.download"
+
+
 def checkpoint_argument(function: F) -> F:
-    return click.argument("ckpt", type=click.Path())(function)
+    """CKPT, and ``--download`` for one that is a repository of the Hub."""
+
+    def note(ctx: click.Context, _option: click.Parameter, given: bool) -> None:
+        ctx.meta[_DOWNLOAD] = given
+
+    text = "Fetch CKPT, a repository of the Hugging Face Hub, if it is not in the local cache."
+    download = click.option("--download", is_flag=True, expose_value=False, callback=note, help=text)
+    return click.argument("ckpt", type=click.Path())(download(function))
 
 
 def json_option(function: F) -> F:

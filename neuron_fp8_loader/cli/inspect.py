@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @checkpoint_argument
-@click.option("--headers-only", is_flag=True, help="Read no weights: at once, for any size.")
+@click.option(
+    "--headers-only",
+    is_flag=True,
+    help="Read no weights: at once, for any size; also of a repository on the Hub, without a download.",
+)
 @click.option(
     "--top", type=click.IntRange(min=0), default=10, show_default=True, help="How many of the worst to list."
 )
@@ -78,7 +82,7 @@ def inspect(
         check_plot(plot)
         if headers_only:
             raise click.UsageError("--plot needs the weights; leave out --headers-only")
-    checkpoint = open_checkpoint(ckpt)
+    checkpoint = open_checkpoint(ckpt, headers_only=headers_only)
     recipe = recipe_for(checkpoint, options)
     plan = recipe.plan
     found = None if headers_only else scan(checkpoint, recipe, options)

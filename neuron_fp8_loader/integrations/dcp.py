@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import existing, open_checkpoint
 from ..codes.dequantize import scale_values
 from ..codes.scales import is_e8m0
-from ..errors import CheckpointError, OptionError, ShownPath, listing, printable
+from ..errors import CheckpointError, OptionError, listing, printable
 from ..load.regions import Regions, Wanted
 from ..options import Options
 from ..plan import ALL, Step, Verdict, recipe_for
@@ -88,7 +88,7 @@ class NeuronStorageReader(HuggingFaceStorageReader):
         self._open()
 
     def _open(self) -> None:
-        path = ShownPath(self.path)
+        path = existing(self.path, download=self._options.download)
         parts = sorted((path if path.is_dir() else path.parent).glob("shard-*-model-*.safetensors"))
         if len(parts) > 1:
             raise CheckpointError(

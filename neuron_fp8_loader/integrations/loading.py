@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
 from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, patterns
 from .names import paths_of, short_name
 from .neuron_config import find_plan, has_fp8
+from .places import behind, standing_in
 from .stacks import as_taken, takes
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -148,7 +148,7 @@ def reader(file_name: str) -> Callable[..., Any]:
         session = _session.get()
         if session is None:
             return original(state_dict_dir, *args, **kwargs)
-        path = os.path.join(state_dict_dir, file_name)
+        path = behind(state_dict_dir, file_name)
         options = session.options_for(plan_checkpoint(path))
         loaded = load_checkpoint(path, **options)
         session.read_ready = True
@@ -212,7 +212,7 @@ def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **
     token = _application.set(self)
     try:
         session = _session_for(self.config, type(self))
-        with _within(session):
+        with _within(session), standing_in(self.config.neuron_config if session is not None else None):
             state_dict = original(self, *args, **kwargs)
     finally:
         _application.reset(token)

@@ -15,6 +15,7 @@ from .flag import FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import with_bias
 from .names import contradictions, modules_to_not_convert
+from .places import here, is_store
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -30,6 +31,8 @@ def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **k
     options = parse(value)
     if options is not None and acts():
         set_environment()
+        if "quantized_checkpoints_path" in kwargs:
+            kwargs["quantized_checkpoints_path"] = here(kwargs["quantized_checkpoints_path"])
         # the vision tower has a NeuronConfig of its own, with modules that the decoder's list does not name
         if kwargs.get("quantized") and not _is_vision(type(self)):
             _check_dtype(kwargs)
@@ -169,6 +172,8 @@ def find_plan(path: Any) -> Plan | None:
     Raises:
         Fp8LoaderError: there is one, and it is damaged or ambiguous.
     """
+    if is_store(path):
+        return plan_checkpoint(path)
     if not isinstance(path, str | os.PathLike) or not os.path.exists(path):
         return None
     where = Path(path)

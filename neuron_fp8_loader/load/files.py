@@ -68,7 +68,8 @@ def load_state_dict(
     """Load an FP8 checkpoint Neuron-ready: every e4m3fn weight fits +-240 and its scale makes up for it.
 
     Args:
-        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file; also in a store (``s3://bucket/prefix``),
+            or ``org/name`` in the cache of the Hugging Face Hub.
         slices: the part of each tensor that this process needs; only these bytes are read and kept (columns by whole
             rows, through a small buffer). A mapping, tensor name or shell pattern -> (dim, start, stop), or a function
             (name, shape) -> (dim, start, stop); None leaves a tensor whole. The scale of an FP8 weight is cut with
@@ -114,7 +115,8 @@ def load_file(
     """
     target = checked_device(device)
     check_backend(backend)
-    loaded = load_checkpoint(existing_file(filename, "load_file"), **options).state_dict
+    file = existing_file(filename, "load_file", download=bool(options.get("download")))
+    loaded = load_checkpoint(file, **options).state_dict
     return {name: t.to(target) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 
 
@@ -128,7 +130,7 @@ def load_checkpoint(
     """``load_state_dict``, with the plan and a report of what was done. Same arguments and errors."""
     begin = time.perf_counter()
     chosen = Options.of(options)
-    place = existing(path)
+    place = existing(path, download=chosen.download)
     with uncollected():
         with needing(bytes_on_disk(place), Shown(place)):  # headers are read through a map of the whole file
             checkpoint = open_checkpoint(place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
-from ..checkpoint import check_unchanged, existing_file, open_checkpoint
+from ..checkpoint import RemotePath, check_unchanged, existing_file, open_checkpoint
 from ..codes.dequantize import values
 from ..codes.formats import E4M3FN
 from ..codes.kernel import Counts, translate
@@ -20,6 +20,7 @@ from ..options import Options
 from ..plan import ALL, Plan, Recipe, Step, recipe_for
 from .arguments import check_backend, checked_device
 from .checks import check_weights
+from .lazy import LazyFile
 from .parts import refuse_fused
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class safe_open:
     slice does not tell whether the whole weight fits, every weight that has a scale is converted, and every scale.
 
     Args:
-        filename: one ``.safetensors`` file; scales may be in the shards that an index beside it lists.
+        filename: one ``.safetensors`` file; scales may be in the shards that an index beside it lists. Of one in a
+            store only what is asked for is read.
         framework: ``"pt"``.
         device: where the values go once converted.
         backend: taken because safetensors 0.8 takes it, and without effect: the file is mapped.
@@ -59,7 +61,7 @@ class safe_open:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
         check_backend(backend)
-        file = existing_file(filename, "safe_open")
+        file = existing_file(filename, "safe_open", download=bool(options.get("download")))
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{file}: is no .safetensors file, which is what safe_open takes")
         self._options = Options.of(options)
@@ -70,6 +72,10 @@ class safe_open:
         self._recipe = recipe_for(checkpoint, self._options)
         self.plan: Plan = self._recipe.plan
         self._device = checked_device(device)
+        self._file: Any
+        if isinstance(file, RemotePath):
+            self._file = LazyFile(checkpoint, file, self._options.thread_count())
+            return
         self._file = safetensors.safe_open(str(file), framework="pt", device="cpu")
         check_unchanged(file, checkpoint.stamps[file])
 

@@ -25,18 +25,20 @@ SCALE_DTYPES = ("float32", "bfloat16", "float16", "float64", E8M0, "uint8")
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
-def plan_checkpoint(path: str | os.PathLike[str]) -> Plan:
+def plan_checkpoint(path: str | os.PathLike[str], *, download: bool = False, headers_only: bool = False) -> Plan:
     """Plan a checkpoint from its headers and index alone.
 
     Args:
-        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file; also in a store, or of the Hub.
+        download: fetch a repository of the Hub that is not in its cache; headers_only: or else read its headers alone,
+            from the Hub itself.
 
     Raises:
         CheckpointError: files missing, left over, broken or contradictory.
         PlanError: ambiguous or impossible pairs, all of them at once.
         OptionError: ``path`` is no path.
     """
-    return plan_for(open_checkpoint(path))
+    return plan_for(open_checkpoint(path, download=download, headers_only=headers_only))
 
 
 def plan_for(checkpoint: Checkpoint) -> Plan:

@@ -165,7 +165,9 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     """
     chosen = Options.of(options)
     refuse_fused(chosen, "an export")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, download=chosen.download)
+    if checkpoint.is_remote:
+        raise ExportError(f"{path}: lies in a store, and an export is made from a directory; copy it to one first")
     if checkpoint.selected != frozenset(checkpoint.files):
         raise ExportError(
             f"{checkpoint.path}: is one of {len(checkpoint.files)} shards; give their directory or the index"
@@ -229,7 +231,9 @@ def _identity(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "version": __version__,
         "files": {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-        "options": {name: value for name, value in vars(options).items() if name not in ("threads", "progress")},
+        "options": {
+            name: value for name, value in vars(options).items() if name not in ("threads", "progress", "download")
+        },
     }
     return dict(json.loads(json.dumps(identity)))  # as it will be read back
 

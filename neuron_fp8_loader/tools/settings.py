@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint import open_checkpoint
 from ..codes.formats import METHODS
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
 from ..integrations.names import modules_to_not_convert
 from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
@@ -247,6 +247,6 @@ def _config(directory: Path) -> dict[str, Any]:
     """config.json; empty where there is none that can be read."""
     try:
         found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, CheckpointError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -99,7 +99,7 @@ def verify_checkpoint(path: str | os.PathLike[str], **options: Any) -> Verificat
     """
     begin = time.perf_counter()
     chosen = Options.of(options)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, download=chosen.download)
     result = Verification(str(path))
     found = scan(checkpoint, recipe_for(checkpoint, chosen), chosen)
     result.problems += found.refusals
@@ -138,7 +138,7 @@ def compare_checkpoints(
 
 
 class _Original:
-    """Tensors as they are on disk, read by safetensors or torch themselves."""
+    """Tensors as they are on disk, read by safetensors or torch themselves; from a store by our own source."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._stack = checkpoint, ExitStack()
@@ -156,7 +156,10 @@ class _Original:
         if mapped is not None:
             found: torch.Tensor = mapped[name].detach()
             return found
-        file = self._checkpoint.tensors[name].file
+        info = self._checkpoint.tensors[name]
+        file = info.file
+        if self._checkpoint.is_remote:
+            return self._checkpoint.source.read([info], {}, 1)[0][name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(safetensors.safe_open(str(file), "pt", "cpu"))
         found = self._open[file].get_tensor(name)
