@@ -165,7 +165,7 @@ def _tiles(pair: Pair, tensors: Tensors, made: dict[str, torch.Tensor], inplace:
     """Cut a weight for requantizing, and put the tensors that will hold the result into ``made``."""
     weight, block = tensors[pair.weight], pair.granularity.block
     assert block is not None
-    rows, columns = weight.shape[-2:]
+    rows, columns = pair.granularity.apart(tuple(weight.shape))[1][-2:]
     grid = (-1, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     scales = scale_values(tensors[pair.scale]).reshape(grid)
     row_scales = torch.empty(weight.shape[:-1], dtype=torch.float32, device="cpu")

@@ -76,6 +76,12 @@ class Regions:
                 f"{recipe.plan.source}: weights that come out in another shape cannot be loaded in parts; leave "
                 f"out the option that shapes {listing('weight', names, limit=3)}"
             )
+        split = [s.name for s in recipe.steps.values() if s.pieces]
+        if split:
+            raise OptionError(
+                f'{recipe.plan.source}: tensors that are split cannot be loaded in parts; leave out qkv="split", and '
+                f"cut the tensor as it lies on disk, {listing('tensor', split, limit=3)}"
+            )
         self._source, self._recipe, self._verdict = checkpoint.source, recipe, verdict
         self._threads, self._progress = options.thread_count(), options.progress
 

@@ -20,6 +20,7 @@ from ..options import What
 from .experts import Fused, Fusing, Place, fuse
 from .layout import can_be_dequantized, scale_shape, unknown
 from .plan import ActivationScale, Pair, Plan
+from .qkv import Piece, split
 
 Role = Literal["weight", "scale", "activation scale", "other"]
 Action = Literal["keep", "translate", "scale", "requantize", "dequantize", "drop"]
@@ -46,6 +47,7 @@ class Step:
         activation: for a static activation or KV cache scale, what is known of it.
         place: where in a fused tensor it goes, once the action is done; ``out``, ``dtype`` and ``shape`` are then the
             fused tensor's.
+        pieces: the tensors that it is split into, once the action is done; none of them is called ``out``.
     """
 
     name: str
@@ -59,6 +61,12 @@ class Step:
     pair: Pair | None = None
     activation: ActivationScale | None = None
     place: Place | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        """The names that it comes out with."""
+        return tuple(piece.name for piece in self.pieces) or (self.out,)
 
     @property
     def reciprocal(self) -> bool:
@@ -224,6 +232,8 @@ class _Maker:
         for name in tensors:
             if name not in self.steps:
                 self._step(name, "other", "keep")
+        if self.what.qkv == "split":
+            split(self.plan, self.steps, self.problems)
         steps = {name: self.steps[name] for name in tensors}
         self._check_names(steps)
         if self.problems:
@@ -351,9 +361,10 @@ class _Maker:
         taken: dict[str, str] = {}
         for step in steps.values():
             owner = "the experts" if step.place else step.name
-            first = owner if step.action == "drop" else taken.setdefault(step.out, owner)
-            if first != owner:
-                self.problems.append(f"{step.out}: {first} and {owner} would both get this name")
+            for out in () if step.action == "drop" else step.outs:
+                first = taken.setdefault(out, owner)
+                if first != owner:
+                    self.problems.append(f"{out}: {first} and {owner} would both get this name")
 
 
 def converted(recipe: Recipe, verdict: Verdict) -> list[str]:
