@@ -11,10 +11,11 @@ from typing import Any
 from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, listing
 from ..plan import Plan, make_plan, plan_checkpoint
-from .flag import FLAG, acts, dequantized, parse
+from .flag import FLAG, acts, parse
 from .keys import quantizes_itself
 from .modules import with_bias
 from .names import contradictions, modules_to_not_convert
+from .qkv import parts_dequantized, unfused
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -51,7 +52,7 @@ def init_fused_spec(original: Callable[..., None], self: Any, *args: Any, **kwar
     if not settings.get("quantized") or settings.get("enable_fused_speculation"):
         return  # the latter: it is the target's own
     plan = find_plan(settings.get("quantized_checkpoints_path"))
-    if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, _plain(plan, options)):
+    if plan is not None and settings.get(LIST) == modules_to_not_convert(unfused(plan), _plain(plan, options)):
         settings[LIST] = None  # filled in for the target, or as good as
     _settle_list(settings, path, options, draft=True)
     if settings.get(LIST):
@@ -79,13 +80,13 @@ def _filled(neuron_config: Any) -> list[str] | None:
     except Fp8LoaderError:
         return None
     options = parse(getattr(neuron_config, FLAG, None)) or {}
-    return None if plan is None else modules_to_not_convert(plan, _plain(plan, options))
+    return None if plan is None else modules_to_not_convert(unfused(plan), _plain(plan, options))
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:
     """What the load turns into bfloat16 whatever the model is: what the options say, and qkv with a bias."""
     biased = set(with_bias(plan))
-    return dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
+    return parts_dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
 
 
 def set_environment() -> None:
@@ -135,7 +136,7 @@ def _settle_list(
     if not draft and not has_fp8(plan):
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", path, FLAG)
         return
-    out = _plain(plan, options)
+    out, plan = _plain(plan, options), unfused(plan)
     given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)

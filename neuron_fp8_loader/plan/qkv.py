@@ -170,48 +170,31 @@ def split(plan: Plan, steps: MutableMapping[str, Step], problems: list[str]) -> 
 
 
 def unfused(plan: Plan) -> Plan:
-    """The plan as if queries, keys and values were tensors of their own, with one scale a row; for their names."""
+    """The plan as if queries, keys and values were tensors of their own: for their names, not for their scales."""
     if not plan.interleaved:
         return plan
+    lies = {**plan.interleaved}
+    lies |= {pair.scale: lies[pair.weight] for pair in plan.pairs if pair.weight in lies}
     tensors: dict[str, TensorInfo] = {}
-    split: dict[str, Interleaved] = {}
-    for name, layout in plan.interleaved.items():
-        split[name] = layout
-    for pair in plan.pairs:
-        if pair.weight in split:
-            split[pair.scale] = split[pair.weight]
     for name, info in plan.tensors.items():
-        if name not in split:
-            tensors[name] = info
-            continue
-        for piece in pieces_of(split[name], name, info.shape):
-            tensors[piece.name] = replace(info, name=piece.name, shape=piece.shape)
+        pieces = pieces_of(lies[name], name, info.shape) if name in lies else ()
+        tensors |= {piece.name: replace(info, name=piece.name, shape=piece.shape) for piece in pieces} or {name: info}
     pairs: list[Pair] = []
     for pair in plan.pairs:
-        layout_of_pair = plan.interleaved.get(pair.weight)
-        if layout_of_pair is None:
+        if pair.weight not in lies:
             pairs.append(pair)
             continue
-        head = pair.module.removesuffix(FUSED)
-        names = (pieces_of(layout_of_pair, n, ()) for n in (pair.weight, pair.scale))
-        for weight, scale in zip(*names, strict=True):
-            module = head + weight.name.removeprefix(head).partition(".")[0]
+        names = (pieces_of(lies[pair.weight], name, ()) for name in (pair.weight, pair.scale))
+        for module, weight, scale in zip(parts_of(plan, pair.module), *names, strict=True):
             pairs.append(replace(pair, weight=weight.name, scale=scale.name, module=module))
-    plain = []
-    for module in plan.unquantized:
-        own = plan.interleaved.get(f"{module}.weight")
-        head = module.removesuffix(FUSED)
-        plain += [module] if own is None else [head + part for part, _ in own.parts]
-    return replace(plan, tensors=tensors, pairs=tuple(pairs), unquantized=tuple(plain), interleaved={})
+    plain = tuple(part for module in plan.unquantized for part in parts_of(plan, module))
+    return replace(plan, tensors=tensors, pairs=tuple(pairs), unquantized=plain, interleaved={})
 
 
-def fused_names(plan: Plan) -> dict[str, str]:
-    """Module of a part -> the module of the fused weight that it is in."""
-    found = {}
-    for name, layout in plan.interleaved.items():
-        module = module_of(name)
-        found.update({module.removesuffix(FUSED) + part: module for part, _ in layout.parts})
-    return found
+def parts_of(plan: Plan, module: str) -> list[str]:
+    """The modules that a module becomes in ``unfused``: queries, keys and values, or itself."""
+    layout = plan.interleaved.get(f"{module}.weight")
+    return [module] if layout is None else [module.removesuffix(FUSED) + part for part, _ in layout.parts]
 
 
 def disagreement(declared: Declared, error: ValueError) -> list[str]:

@@ -20,6 +20,7 @@ from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
+from ..plan.qkv import unfused
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""
@@ -104,7 +105,7 @@ def settings_for(
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
             **blocks,
-            "modules_to_not_convert": modules_to_not_convert(plan),
+            "modules_to_not_convert": modules_to_not_convert(unfused(plan)),
             "fp8_rescale": True if method == "half" else method,
         }
     return Settings(
