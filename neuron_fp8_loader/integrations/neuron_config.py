@@ -74,13 +74,13 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
 
 
 def _filled(neuron_config: Any) -> list[str] | None:
-    """The list that is filled in for a config; None where there is no checkpoint."""
+    """The list that is filled in for a config; None without a checkpoint, or for one that no class reads."""
     try:
         plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
     except Fp8LoaderError:
         return None
     options = parse(getattr(neuron_config, FLAG, None)) or {}
-    return None if plan is None else modules_to_not_convert(unfused(plan), _plain(plan, options))
+    return None if plan is None or plan.interleaved else modules_to_not_convert(plan, _plain(plan, options))
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:

@@ -55,6 +55,10 @@ class _ByLayer:
         if fused and scale is not None and scale.shape[0] == 1 and hasattr(scale, "expert_model_parallel"):
             # NxD marks all parameters to be split among ranks by their experts, one scale for all of them too
             del scale.expert_model_parallel
+        if scale is not None and fused and getattr(scale, "tensor_model_parallel", False):
+            # Gate and up are split among ranks each by itself, and their scales with them. Ports set the scale's
+            # stride to 1, for shares less than a block, which gives a rank the scales of another's weights.
+            scale.partition_stride = getattr(layer.weight, "partition_stride", scale.partition_stride)
         return layer
 
 
