@@ -88,13 +88,13 @@ def test_blocks_that_would_be_too_small_are_refused(enabled: Standin) -> None:
 
 
 class Patched:
-    """A quantized layer of a port that takes the scales of gate and up for one run."""
+    """A quantized layer of a port that takes the scales of gate and up for one run, and a rank's for all experts'."""
 
     @classmethod
     def from_float(cls, mod: Any, q_config: dict[str, Any]) -> Any:
         weight, scale = torch.nn.Parameter(mod.weight), torch.nn.Parameter(torch.empty(4, 2, 4))
         parallel = {"tensor_model_parallel": True, "partition_dim": 2}
-        vars(weight).update(parallel, partition_stride=mod.stride)
+        vars(weight).update(parallel, partition_stride=mod.stride, expert_model_parallel=True, is_prefill=True)
         vars(scale).update(parallel, partition_stride=1)
         return SimpleNamespace(weight=weight, scale=scale)
 
@@ -108,6 +108,7 @@ def test_scales_are_split_among_ranks_as_their_weights(
     given = {"quantization_type": "blockwise_symmetric", "fp8_rescale": flag, **BLOCKS}
     got = converted(enabled, Q_BLOCKS, {"experts": layer}, **given)
     assert got["experts"].scale.partition_stride == (2 if flag else 1)
+    assert getattr(got["experts"].scale, "expert_model_parallel", False) == flag
 
 
 @pytest.mark.parametrize("given", [{"fp8_rescale": False, **BLOCKS}, {**BLOCKS, "quantization_block_axis": [0, 1]}])
