@@ -11,9 +11,9 @@ from typing import Any
 from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, listing
 from ..plan import Plan, make_plan, plan_checkpoint
-from .flag import FLAG, acts, parse
+from .flag import FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
-from .modules import with_bias
+from .modules import experts_of, with_bias
 from .names import contradictions, modules_to_not_convert
 from .qkv import parts_dequantized, unfused
 
@@ -34,6 +34,7 @@ def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **k
         # the vision tower has a NeuronConfig of its own, with modules that the decoder's list does not name
         if kwargs.get("quantized") and not _is_vision(type(self)):
             _check_dtype(kwargs)
+            _check_hybrid(self, kwargs.get("quantized_checkpoints_path"), options)
             _settle_list(kwargs, kwargs.get("quantized_checkpoints_path"), options)
     original(self, *args, **kwargs)
     if given:
@@ -112,6 +113,29 @@ def _check_dtype(kwargs: Mapping[str, Any]) -> None:
     else:
         return
     raise OptionError(f'quantization_dtype="{dtype}": {reason}; with {FLAG} write quantization_dtype="f8e4m3"')
+
+
+def _check_hybrid(neuron_config: Any, path: Any, options: Mapping[str, Any]) -> None:
+    """Refuse experts that are sharded in one way for prompts and in another for generation.
+
+    NxD copies their weights for the second way (``modules/moe/expert_mlps_v2.py``), and not the scales.
+    """
+    if getattr(neuron_config, "hybrid_sharding_config", None) is None:
+        return
+    try:
+        plan = find_plan(path)
+    except Fp8LoaderError:
+        return  # the load will raise it
+    if plan is None:
+        return
+    floats = dequantized(plan, options)
+    fp8 = set(experts_of(plan)) - {pair.module for pair in plan.pairs if pair.weight in floats}
+    if fp8:
+        raise OptionError(
+            f"hybrid_sharding_config: NxD copies the weights of experts for it and not their scales, and "
+            f"{len(fp8)} of {path} are FP8. Leave it out and set moe_tp_degree and moe_ep_degree, or have the experts "
+            f'as bfloat16: {FLAG}={{"dequantize": ["*.experts.*"]}}'
+        )
 
 
 def _holds_fp8(path: Any) -> bool:
