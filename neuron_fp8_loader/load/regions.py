@@ -76,6 +76,12 @@ class Regions:
                 f"{recipe.plan.source}: weights that come out in another shape cannot be loaded in parts; leave "
                 f"out the option that shapes {listing('weight', names, limit=3)}"
             )
+        turned = [s.name for s in recipe.weights if s.action == "requantize" and s.pair and s.pair.transposed]
+        if turned:
+            raise OptionError(
+                f"{recipe.plan.source}: of weights that lie input before output, blocks become rows only as a whole; "
+                f"load without slices, or keep={turned[:1]}, {listing('weight', turned, limit=3)}"
+            )
         split = [s.name for s in recipe.steps.values() if s.pieces]
         if split:
             raise OptionError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
@@ -18,7 +18,7 @@ from ..conventions import module_of
 from ..errors import PlanError
 from ..options import What
 from .experts import Fused, Fusing, Place, fuse
-from .layout import can_be_dequantized, scale_shape, unknown
+from .layout import can_be_dequantized, row_scale_shape, scale_shape, unknown
 from .plan import ActivationScale, Pair, Plan
 from .qkv import Piece, split
 
@@ -261,8 +261,8 @@ class _Maker:
         if action == "dequantize":
             self._step(scale, "scale", "drop", pair=pairs[0])
         elif action == "requantize":
-            rows = tensors[pairs[0].weight].shape[:-1]
-            self._step(scale, "scale", "requantize", dtype="float32", shape=(*rows, 1), pair=pairs[0])
+            shape = row_scale_shape(pairs[0], tensors[pairs[0].weight].shape)
+            self._step(scale, "scale", "requantize", dtype="float32", shape=shape, pair=pairs[0])
         else:
             dtype = "float32" if shape is not None and header.dtype in _SHAPED_FROM else header.dtype
             self._step(scale, "scale", "scale", dtype=dtype, shape=shape, group=scale, pair=pairs[0])
@@ -279,6 +279,8 @@ class _Maker:
                 f'{pair.weight}: keep={list(self.what.keep)} names an expert, whose scales experts="fused" lays out; '
                 'leave it out of the pattern, or layout="keep"'
             )
+        if pair.weight in self.fusing.renamed:
+            pair = replace(pair, transposed=True)
         if pair.granularity.kind == "block" and self.what.layout == "per_channel":
             self._step(pair.weight, "weight", "requantize", table=HALF, pair=pair)
             self._step(pair.scale, "scale", "requantize", pair=pair)
