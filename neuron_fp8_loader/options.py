@@ -20,6 +20,7 @@ Unscaled = Literal["error", "dequantize", "keep"]
 ActivationScales = Literal["rescale", "keep"]
 LayoutName = Literal["keep", "per_channel", "per_tensor"]
 Experts = Literal["keep", "fused"]
+Qkv = Literal["keep", "split"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation_scales": get_args(ActivationScales),
     "layout": get_args(LayoutName),
     "experts": get_args(Experts),
+    "qkv": get_args(Qkv),
 }
 """What an option of a few words may be; the default comes first. The command line offers the same."""
 
@@ -42,6 +44,7 @@ class OptionKeywords(TypedDict, total=False):
     activation_scales: ActivationScales
     layout: LayoutName
     experts: Experts
+    qkv: Qkv
     keep: str | Sequence[str]
     dequantize: str | Sequence[str]
     threads: int | None
@@ -60,6 +63,7 @@ class What:
     activation_scales: str = "rescale"
     layout: str = "keep"
     experts: str = "keep"
+    qkv: str = "keep"
     keep: str | Sequence[str] = ()
     dequantize: str | Sequence[str] = ()
 
@@ -113,6 +117,9 @@ class Options(How, What):
             [experts, 1, out], or with ``layout="keep"`` and block scales one a block, [experts, in / 128, out / 128].
             ``{block}`` is what stands before ``.experts`` in the checkpoint, prefixes included. Bytes and scales of
             each expert are those of ``"keep"`` with the same layout: a weight that fits passes bit for bit here too.
+        qkv: of a weight in which queries, keys and values lie interleaved (MiMo-V2.5): ``"keep"`` as on disk;
+            ``"split"`` as ``q_proj``, ``k_proj`` and ``v_proj``, each with its own scales [rows, 1], which wants
+            ``layout="per_channel"`` for FP8. Split only where config.json and all shapes tell how they lie.
         keep: shell patterns of module names (``"*.experts.*"``): their scales stay as on disk, whatever the layout.
         dequantize: shell patterns of module names (``"*.self_attn.*"``): these FP8 modules become bfloat16, their
             weight scales are dropped.

@@ -40,6 +40,8 @@ class Declared:
         fp8: does it promise e4m3fn weights? None where it cannot be told.
         block: (rows, columns) of a scale block, where it is given.
         remarks: files that could not be read, and why.
+        settings: (key, value) of what config.json says of the model: numbers, strings, and lists of them as tuples.
+            A ``text_config`` in it counts first.
     """
 
     source: str = ""
@@ -47,27 +49,42 @@ class Declared:
     fp8: bool | None = None
     block: Block | None = None
     remarks: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def read_declared(directory: Path, metadata: Mapping[str, str] | None = None) -> Declared:
     """What the files beside the shards declare, and the safetensors metadata. Never raises."""
     remarks: list[str] = []
-    for source, section in _sections(directory, metadata or {}, remarks):
+    config = _json(directory / "config.json", remarks)
+    settings = _settings(config)
+    for source, section in _sections(directory, config, metadata or {}, remarks):
         odd: list[str] = []
         block = _block(section, odd)
         remarks += [f"{source} {remark}" for remark in odd]
-        return Declared(source, _method(section), _promises_fp8(section), block, tuple(remarks))
+        return Declared(source, _method(section), _promises_fp8(section), block, tuple(remarks), settings)
     if (directory / "config.json").is_file() and not remarks:
-        return Declared("config.json", "", False)
-    return Declared(remarks=tuple(remarks))
+        return Declared("config.json", "", False, settings=settings)
+    return Declared(remarks=tuple(remarks), settings=settings)
+
+
+def _settings(config: Section) -> tuple[tuple[str, Any], ...]:
+    text = config.get("text_config")
+    found: dict[str, Any] = {}
+    for key, value in {**config, **(text if isinstance(text, dict) else {})}.items():
+        if isinstance(value, int | str):
+            found[key] = value
+        elif isinstance(value, list) and all(isinstance(item, int | str) for item in value):
+            found[key] = tuple(value)
+    return tuple(sorted(found.items()))
 
 
 # -- where producers write it ---------------------------------------------------------------------------------
 
 
-def _sections(directory: Path, metadata: Mapping[str, str], remarks: list[str]) -> Iterator[tuple[str, Section]]:
+def _sections(
+    directory: Path, config: Section, metadata: Mapping[str, str], remarks: list[str]
+) -> Iterator[tuple[str, Section]]:
     """(file, what it says of the quantization), the most telling first, each with its ``quant_method``."""
-    config = _json(directory / "config.json", remarks)
     parts = (config.get(part) for part in ("text_config", "llm_config", "language_config", "thinker_config"))
     for holder in (config, *parts):
         if isinstance(holder, dict):

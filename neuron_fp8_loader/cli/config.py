@@ -39,6 +39,8 @@ _MODULES_FILE = "modules_to_not_convert.json"
     help="NxD Inference (by itself, or below vLLM), or the vLLM Neuron plugin without it.",
 )
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
+@click.option("--moe-tp", "moe_tp_degree", type=click.IntRange(min=1), help="Ranks that share each expert.")
+@click.option("--moe-ep", "moe_ep_degree", type=click.IntRange(min=1), help="Groups of ranks, each with its experts.")
 @choice("method")
 @click.option(
     "--experts",
@@ -55,6 +57,8 @@ def config(
     ckpt: str,
     stack: str,
     tp_degree: int | None,
+    moe_tp_degree: int | None,
+    moe_ep_degree: int | None,
     method: str,
     experts: str | None,
     modules_file: str | None,
@@ -67,14 +71,16 @@ def config(
     \b
     Example:
       neuron-fp8 config ./Llama-3.1-8B-FP8 --tp 8
+      neuron-fp8 config ./Qwen3-235B-A22B-FP8 --tp 64 --moe-ep 16
       neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
     from ..tools.settings import plugin_settings_for, settings_for
     from ..tools.shards import Target, beside
 
     if stack == "vllm-neuron":
-        if modules_file or experts:
-            option = "--modules-file" if modules_file else "--experts"
+        given: dict[str, Any] = {"--modules-file": modules_file, "--experts": experts}
+        given |= {"--moe-tp": moe_tp_degree, "--moe-ep": moe_ep_degree}
+        for option in (name for name, value in given.items() if value):
             raise click.UsageError(f"{option} is for NxD Inference, which --for vllm-neuron does without")
         plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
         if as_json:
@@ -84,7 +90,14 @@ def config(
         if not plugin.fp8:
             ctx.exit(FINDING)
         return
-    settings = settings_for(ckpt, tp_degree=tp_degree, method=method, experts=experts)
+    settings = settings_for(
+        ckpt,
+        tp_degree=tp_degree,
+        method=method,
+        experts=experts,
+        moe_tp_degree=moe_tp_degree,
+        moe_ep_degree=moe_ep_degree,
+    )
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         target = Path(modules_file)
@@ -121,6 +134,9 @@ def inference_demo_arguments(settings: Settings, modules_file: str) -> list[str]
     arguments += ["--model-path", path, "--compiled-model-path", "compiled"]
     if "tp_degree" in values:
         arguments += ["--tp-degree", str(values["tp_degree"])]
+    for name in ("moe_tp_degree", "moe_ep_degree", "batch_size"):
+        if name in values:
+            arguments += [f"--{name.replace('_', '-')}", str(values[name])]
     arguments += ["--quantized", "--quantized-checkpoints-path", path]
     arguments += ["--quantization-dtype", values["quantization_dtype"]]
     arguments += ["--quantization-type", values["quantization_type"]]
@@ -142,6 +158,8 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     lines += ["", "# vLLM", f"vllm serve {shell(str(values['quantized_checkpoints_path']))} \\"]
     if "tp_degree" in values:
         lines += [f"    --tensor-parallel-size {values['tp_degree']} \\"]
+    if "batch_size" in values:
+        lines += [f"    --max-num-seqs {values['batch_size']} \\"]
     lines += [f"    --additional-config {shell(override)}"]
     lines += ["", "# inference_demo, which has no option of its own for the flag"]
     if "--modules-to-not-convert-file" in demo and not modules_file:

@@ -141,8 +141,8 @@ def load_options(function: F) -> F:
     options: list[Callable[[F], F]] = [
         choice("method"),
         click.option("--always", is_flag=True, help="Rescale weights that fit +-240 already, too."),
-        # experts="fused" is for those who load; inspect, verify and export go tensor by tensor
-        *(choice(name) for name in CHOICES if name not in ("method", "experts")),
+        # these two are for those who load; inspect, verify and export go tensor by tensor
+        *(choice(name) for name in CHOICES if name not in ("method", "experts", "qkv")),
         click.option(
             "--dequantize",
             multiple=True,

@@ -155,7 +155,8 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, granularity: Granulari
         raise ScaleError(
             f"scale per {granularity} of a weight of shape {list(weight.shape)}: not known how it covers it"
         )
-    rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
+    granularity, shape = granularity.apart(tuple(weight.shape))
+    rows, columns = shape[-2:] if len(shape) > 1 else (1, weight.numel())
     source, target = weight.detach().reshape(-1, rows, columns), out.view(-1, rows, columns)
     height, width = block_of(granularity, rows, columns, scale)
     grid = (-1, math.ceil(rows / height), math.ceil(columns / width))

@@ -23,6 +23,7 @@ class Granularity:
         experts: does a leading expert dimension of the weight have scales of its own?
         mx: is it a block of an OCP microscaling format, with an e8m0 scale?
         transposed: the scale is stored as [..., columns, 1], so it does not broadcast over its weight.
+        chunk: rows after which blocks begin anew, each time with a block that may be cut short before; 0: nowhere.
     """
 
     kind: str
@@ -30,6 +31,16 @@ class Granularity:
     experts: bool = False
     mx: bool = False
     transposed: bool = False
+    chunk: int = 0
+
+    def apart(self, shape: Shape) -> tuple[Granularity, Shape]:
+        """A matrix of this shape as a stack of its chunks, [chunks, rows, columns], each with scales of its own.
+
+        Weight and scale lie in memory as those of the stack do. Without chunks: as they are.
+        """
+        if not self.chunk:
+            return self, shape
+        return replace(self, experts=True, chunk=0), (shape[0] // self.chunk, self.chunk, *shape[1:])
 
     def __str__(self) -> str:
         name = f"{self.kind} {self.block[0]}x{self.block[1]}" if self.block else self.kind
@@ -37,6 +48,8 @@ class Granularity:
             name = name.replace("block", "MX group")
         if self.transposed:
             name += " (scale stored transposed)"
+        if self.chunk:
+            name += f" within {self.chunk} rows"
         if not self.experts:
             return name
         return "expert" if self.kind == "tensor" else f"expert {name}"

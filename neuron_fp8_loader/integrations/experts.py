@@ -143,7 +143,8 @@ def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torc
     values = scale_values(scale).float()
     if values.numel() in (1, experts) and (values.numel() == 1 or pair.granularity.kind == "tensor"):
         return values.reshape(-1, 1, 1).expand(experts, 1, 1), (rows, columns)
-    laid_out = scale.dim() <= 3 and tuple(scale.shape[-2:]) == (rows, 1)
+    one_each = (1, columns) if pair.transposed else (rows, 1)
+    laid_out = scale.dim() <= 3 and tuple(scale.shape[-2:]) == one_each
     if pair.granularity.kind == "block" and pair.granularity.block and not laid_out:
         height, width = pair.granularity.block
         return values.reshape(experts, -(-rows // height), -(-columns // width)), (height, width)

@@ -25,13 +25,14 @@ from .check import check_ready
 from .complete import check_complete, scales_of
 from .experts import parts_of
 from .explain import explained
-from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
+from .flag import BLOCKWISE, FLAG, experts_apart, options_for, parse, quantization_type
 from .fused_scales import Form, attach_scales
 from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
 from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, patterns
 from .names import paths_of, short_name
 from .neuron_config import find_plan, has_fp8
 from .places import behind, standing_in
+from .qkv import fused_again, interleaved_as_floats, parts_dequantized, split_with_rows, unfused
 from .stacks import as_taken, takes
 
 log = logging.getLogger("neuron_fp8_loader")
@@ -88,14 +89,14 @@ class Session:
         """
         self.unscaled |= {path for name in plan.unscaled for path in paths_of(module_of(name))}
         if self._keeps_names(plan):
-            return {**self.options, "layout": "keep"}
+            return {**self.options, "layout": "keep", **interleaved_as_floats(plan, self.options)}
         modules = modules_of(self.app) if self.app is not None else None
         if modules is not None and self.prefix:
             modules = modules.below(self.prefix)
         self.modules = modules
         self.pairs = {short_name(pair.module): pair for pair in plan.pairs}
-        more = not_quantized(plan, self.entries, modules)
-        options = {**self.options}
+        more = fused_again(plan, not_quantized(unfused(plan), self.entries, modules))
+        options = {**self.options, **split_with_rows(plan, self.options)}
         if more:
             log.info("%s: as bfloat16, for NxD does not quantize %s", plan.source, listing("FP8 module", more, 5))
             given = Options.of(self.options).dequantize
@@ -103,14 +104,17 @@ class Session:
         if self.blocks and Options.of(self.options).layout == "per_channel":
             options["keep"] = [*Options.of(self.options).keep, *patterns(plan, experts_of(plan))]
         if modules is not None:
-            check_plain(plan, dequantized(plan, options), modules)
+            check_plain(unfused(plan), parts_dequantized(plan, options), modules)
         return options
 
     def named(self, state_dict: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """With the names that the layers of the model look for."""
-        return state_dict if self._keeps_names(plan) else renamed(state_dict, nxd_names(plan), plan.source)
+        return state_dict if self._keeps_names(plan) else renamed(state_dict, nxd_names(unfused(plan)), plan.source)
 
     def _keeps_names(self, plan: Plan) -> bool:
+        # no model reads interleaved blocks by itself: row i has not the scale i // 128
+        if self.quantized and plan.interleaved:
+            return False
         return not self.quantized or (self.own_scales and any(p.scale.endswith("_scale_inv") for p in plan.pairs))
 
 

@@ -13,9 +13,10 @@ from ..errors import Fp8LoaderError, OptionError, Shown, listing, printable
 from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
-from .modules import with_bias
+from .modules import experts_of, with_bias
 from .names import contradictions, modules_to_not_convert
 from .places import here, is_store
+from .qkv import parts_dequantized, unfused
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -36,6 +37,7 @@ def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **k
         # the vision tower has a NeuronConfig of its own, with modules that the decoder's list does not name
         if kwargs.get("quantized") and not _is_vision(type(self)):
             _check_dtype(kwargs)
+            _check_hybrid(self, kwargs.get("quantized_checkpoints_path"), options)
             _settle_list(kwargs, kwargs.get("quantized_checkpoints_path"), options)
     original(self, *args, **kwargs)
     if given:
@@ -54,7 +56,7 @@ def init_fused_spec(original: Callable[..., None], self: Any, *args: Any, **kwar
     if not settings.get("quantized") or settings.get("enable_fused_speculation"):
         return  # the latter: it is the target's own
     plan = find_plan(settings.get("quantized_checkpoints_path"))
-    if plan is not None and settings.get(LIST) == modules_to_not_convert(plan, _plain(plan, options)):
+    if plan is not None and settings.get(LIST) == modules_to_not_convert(unfused(plan), _plain(plan, options)):
         settings[LIST] = None  # filled in for the target, or as good as
     _settle_list(settings, path, options, draft=True)
     if settings.get(LIST):
@@ -76,19 +78,19 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
 
 
 def _filled(neuron_config: Any) -> list[str] | None:
-    """The list that is filled in for a config; None where there is no checkpoint."""
+    """The list that is filled in for a config; None without a checkpoint, or for one that no class reads."""
     try:
         plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
     except Fp8LoaderError:
         return None
     options = parse(getattr(neuron_config, FLAG, None)) or {}
-    return None if plan is None else modules_to_not_convert(plan, _plain(plan, options))
+    return None if plan is None or plan.interleaved else modules_to_not_convert(plan, _plain(plan, options))
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:
     """What the load turns into bfloat16 whatever the model is: what the options say, and qkv with a bias."""
     biased = set(with_bias(plan))
-    return dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
+    return parts_dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
 
 
 def set_environment() -> None:
@@ -116,6 +118,29 @@ def _check_dtype(kwargs: Mapping[str, Any]) -> None:
     raise OptionError(f'quantization_dtype="{dtype}": {reason}; with {FLAG} write quantization_dtype="f8e4m3"')
 
 
+def _check_hybrid(neuron_config: Any, path: Any, options: Mapping[str, Any]) -> None:
+    """Refuse experts that are sharded in one way for prompts and in another for generation.
+
+    NxD copies their weights for the second way (``modules/moe/expert_mlps_v2.py``), and not the scales.
+    """
+    if getattr(neuron_config, "hybrid_sharding_config", None) is None:
+        return
+    try:
+        plan = find_plan(path)
+    except Fp8LoaderError:
+        return  # the load will raise it
+    if plan is None:
+        return
+    floats = dequantized(plan, options)
+    fp8 = set(experts_of(plan)) - {pair.module for pair in plan.pairs if pair.weight in floats}
+    if fp8:
+        raise OptionError(
+            f"hybrid_sharding_config: NxD copies the weights of experts for it and not their scales, and "
+            f"{len(fp8)} of {path} are FP8. Leave it out and set moe_tp_degree and moe_ep_degree, or have the experts "
+            f'as bfloat16: {FLAG}={{"dequantize": ["*.experts.*"]}}'
+        )
+
+
 def _holds_fp8(path: Any) -> bool:
     try:
         plan = find_plan(path)
@@ -138,7 +163,7 @@ def _settle_list(
     if not draft and not has_fp8(plan):
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", printable(str(path)), FLAG)
         return
-    out = _plain(plan, options)
+    out, plan = _plain(plan, options), unfused(plan)
     given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)

@@ -13,10 +13,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from ..errors import OptionError
 from .flag import BLOCKWISE, experts_apart, options_for
 
 log = logging.getLogger("neuron_fp8_loader")
+
+PER_EXPERT = (BLOCKWISE, "expert_wise_per_channel_symmetric")
+"""The types by which every expert has scales of its own."""
 
 _LEAST = 16
 """The smallest side of a block: below it the scales take more than a tenth of the memory that FP8 saves."""
@@ -51,11 +56,27 @@ class _ByLayer:
         elif self.apart and _kind(q_config) == BLOCKWISE:
             q_config = {**q_config, "block_size": block_size(mod, q_config)}
         layer = self.quantized.from_float(mod=mod, q_config=q_config)
-        scale = getattr(layer, "scale", None)
-        if fused and scale is not None and scale.shape[0] == 1 and hasattr(scale, "expert_model_parallel"):
-            # NxD marks all parameters to be split among ranks by their experts, one scale for all of them too
-            del scale.expert_model_parallel
+        if fused and isinstance(getattr(layer, "scale", None), torch.Tensor):
+            _shared_out_alike(layer.weight, layer.scale, _kind(q_config) in PER_EXPERT)
         return layer
+
+
+def _shared_out_alike(weight: Any, scale: Any, per_expert: bool) -> None:
+    """Have NxD share the scales of fused experts out among ranks as it shares out their weights.
+
+    Experts: NxD marks all parameters to be split by them, one scale for all experts too, which cannot be; ports that
+    mend this go by its first dimension, and miss the scale of a rank that has one expert.
+
+    Gate and up are split each by itself: ports set the scale's stride to 1, for shares less than a block, which gives
+    a rank the scales of another's weights.
+    """
+    for mark in ("expert_model_parallel", "is_prefill", "expert_distribution"):
+        if per_expert and hasattr(weight, mark):
+            setattr(scale, mark, getattr(weight, mark))
+    if not per_expert and hasattr(scale, "expert_model_parallel"):
+        del scale.expert_model_parallel
+    if getattr(scale, "tensor_model_parallel", False) and hasattr(weight, "partition_stride"):
+        scale.partition_stride = weight.partition_stride
 
 
 def _kind(q_config: Mapping[str, Any]) -> str:

@@ -100,6 +100,12 @@ def coverage(plan: Plan, pair: Pair) -> Granularity:
     Raises:
         PlanError: neither tells.
     """
+    if pair.granularity.chunk:
+        raise PlanError(
+            plan.source,
+            [f"{pair.weight}: its scales' blocks begin anew every {pair.granularity.chunk} rows, and parts of it are "
+             'not read as bfloat16; load_state_dict(dequantize=[...], qkv="split") gives q, k and v'],
+        )  # fmt: skip
     if can_be_dequantized(pair, plan.tensors):
         return pair.granularity
     rows = _rows(plan, pair)

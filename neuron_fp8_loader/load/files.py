@@ -168,7 +168,7 @@ def load_by(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> tuple[d
         part = {name: mapped[name] for name in recipe.steps if name in needed}
         state_dict, report = rescale_by(part, recipe.within(part), options, inplace=False)
         steps = (recipe.steps[name] for name in names)
-        return {step.out: state_dict[step.out] for step in steps if step.action != "drop"}, report
+        return {out: state_dict[out] for step in steps if step.action != "drop" for out in step.outs}, report
     return _Load(checkpoint, recipe, recipe.within(names), options).run()
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from ..host.memory import allocate, as_bytes, shaped
+from ..host.parallel import pieces
 from ..plan import Recipe, Step
+from ..plan.qkv import Piece
 
 
 def finished(
@@ -23,8 +26,24 @@ def finished(
         elif step.place is not None:
             out[step.out] = fused[step.out]
         elif step.action != "drop":
-            out[step.out] = as_codes(step, made.get(name, tensor))
+            whole = as_codes(step, made.get(name, tensor))
+            if step.pieces:
+                out.update((piece.name, _piece(whole, piece)) for piece in step.pieces)
+            else:
+                out[step.out] = whole
     return out
+
+
+def _piece(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The rows of one part of every chunk, in memory of their own."""
+    row = whole.numel() // max(1, whole.shape[0]) * whole.element_size()
+    raw = allocate(torch.Size(piece.shape).numel() * whole.element_size())
+    chunks = as_bytes(whole.contiguous()).view(-1, piece.chunk * row)
+    start, stop = (bound * row for bound in piece.rows)
+    for chunk, into in zip(chunks, raw.view(len(chunks), stop - start), strict=True):
+        for first, last in pieces(stop - start):
+            into[first:last].copy_(chunk[start + first : start + last])
+    return shaped(raw, whole.dtype, piece.shape)
 
 
 def as_codes(step: Step, tensor: torch.Tensor) -> torch.Tensor:

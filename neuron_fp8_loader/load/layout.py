@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from ..codes.dequantize import dequantize, scale_values, values
-from ..codes.requantize import Fidelity, Tile, requantize, tiles
+from ..codes.kernel import place
+from ..codes.requantize import Fidelity, requantize, tiles
 from ..errors import ScaleError, listing
 from ..host.grain import count, mapped
 from ..host.memory import allocate, shaped
@@ -54,16 +56,16 @@ class Prepared:
 
     made: dict[str, torch.Tensor] = field(default_factory=dict)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
-    parts: list[tuple[str, Tile]] = field(default_factory=list)
+    parts: list[tuple[str, Callable[[], Fidelity]]] = field(default_factory=list)
     twins: dict[Pair, Pair] = field(default_factory=dict)
 
     def carry_out(self, threads: int) -> dict[str, torch.Tensor]:
         """Requantize; gives ``made``. Tensors tied together (one tensor under two names) are laid out once."""
         done: list[tuple[str, Fidelity]] = []
 
-        def work(part: tuple[str, Tile]) -> None:
-            name, tile = part
-            done.append((name, requantize(tile)))
+        def work(part: tuple[str, Callable[[], Fidelity]]) -> None:
+            name, carry = part
+            done.append((name, carry()))
 
         run(self.parts, work, threads)
         for name, cost in done:
@@ -95,7 +97,7 @@ def prepare_layout(
     done.made |= _without_scale(recipe, tensors)
     for pair in _pairs(recipe, "requantize"):
         if pair not in twins:
-            done.parts += [(pair.weight, tile) for tile in _tiles(pair, tensors, done.made, inplace)]
+            done.parts += [(pair.weight, part) for part in _parts(pair, tensors, done.made, inplace)]
     for pair, twin in twins.items():
         for name, other in ((pair.weight, twin.weight), (pair.scale, twin.scale)):
             if other in done.made:
@@ -161,20 +163,38 @@ def _twins(recipe: Recipe, tensors: Tensors) -> dict[Pair, Pair]:
     return twins
 
 
-def _tiles(pair: Pair, tensors: Tensors, made: dict[str, torch.Tensor], inplace: bool) -> list[Tile]:
+def _parts(pair: Pair, tensors: Tensors, made: dict[str, torch.Tensor], inplace: bool) -> list[Callable[[], Fidelity]]:
     """Cut a weight for requantizing, and put the tensors that will hold the result into ``made``."""
     weight, block = tensors[pair.weight], pair.granularity.block
     assert block is not None
-    rows, columns = weight.shape[-2:]
+    rows, columns = pair.granularity.apart(tuple(weight.shape))[1][-2:]
     grid = (-1, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     scales = scale_values(tensors[pair.scale]).reshape(grid)
-    row_scales = torch.empty(weight.shape[:-1], dtype=torch.float32, device="cpu")
+    turned = pair.transposed and weight.dim() == 3  # its rows are columns
+    outputs = (len(weight), columns) if turned else weight.shape[:-1]
+    row_scales = torch.empty(outputs, dtype=torch.float32, device="cpu")
     source = weight.contiguous().view(torch.uint8)
     target = source
     if not (inplace and weight.is_contiguous()):
         target = shaped(allocate(weight.numel()), torch.uint8, tuple(weight.shape))
         made[pair.weight] = target.view(weight.dtype)
-    made[pair.scale] = row_scales.unsqueeze(-1)
+    made[pair.scale] = row_scales.unsqueeze(1 if turned else -1)
     matrices = (t.view(-1, rows, columns) for t in (source, target))
-    parts = zip(*matrices, scales, row_scales.view(-1, rows), strict=True)
-    return [tile for src, dst, part, new in parts for tile in tiles(src, dst, part, new, block)]
+    parts = zip(*matrices, scales, row_scales.view(-1, columns if turned else rows), strict=True)
+    if turned:
+        return [partial(_turned, src, dst, part, new, block) for src, dst, part, new in parts]
+    return [partial(requantize, tile) for src, dst, part, new in parts for tile in tiles(src, dst, part, new, block)]
+
+
+def _turned(
+    src: torch.Tensor, dst: torch.Tensor, scales: torch.Tensor, row_scales: torch.Tensor, block: tuple[int, int]
+) -> Fidelity:
+    """Requantize a matrix [in, out] to one scale an output, by way of a copy that lies as others do."""
+    rows, columns = src.shape
+    codes = shaped(allocate(src.numel()), torch.uint8, (columns, rows))
+    place(src, codes)
+    cost = Fidelity()
+    for tile in tiles(codes, codes, scales.T.contiguous(), row_scales, (block[1], block[0])):
+        cost += requantize(tile)
+    place(codes, dst)
+    return cost

@@ -92,7 +92,11 @@ class Parts:
 
 
 def refuse_fused(options: Options, what: str) -> None:
-    """Raise OptionError for ``experts="fused"`` where experts do not come together."""
+    """Raise OptionError for ``experts="fused"`` where experts do not come together, and for ``qkv="split"``."""
+    if options.qkv != "keep":
+        raise OptionError(
+            f'qkv="{options.qkv}": {what} goes tensor by tensor and does not split any; load_state_dict does'
+        )
     if options.experts != "keep":
         raise OptionError(
             f'experts="{options.experts}": {what} does not stack experts; load_state_dict and rescale_state_dict do. '

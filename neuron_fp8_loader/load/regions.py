@@ -77,6 +77,18 @@ class Regions:
                 f"{recipe.plan.source}: weights that come out in another shape cannot be loaded in parts; leave "
                 f"out the option that shapes {listing('weight', names, limit=3)}"
             )
+        turned = [s.name for s in recipe.weights if s.action == "requantize" and s.pair and s.pair.transposed]
+        if turned:
+            raise OptionError(
+                f"{recipe.plan.source}: of weights that lie input before output, blocks become rows only as a whole; "
+                f"load without slices, or keep={turned[:1]}, {listing('weight', turned, limit=3)}"
+            )
+        split = [s.name for s in recipe.steps.values() if s.pieces]
+        if split:
+            raise OptionError(
+                f'{recipe.plan.source}: tensors that are split cannot be loaded in parts; leave out qkv="split", and '
+                f"cut the tensor as it lies on disk, {listing('tensor', split, limit=3)}"
+            )
         self._source, self._recipe, self._verdict = checkpoint.source, recipe, verdict
         self._threads, self._progress = options.thread_count(), options.progress
 

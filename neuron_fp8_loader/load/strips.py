@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from ..errors import WeightError
 from ..host.grain import copy_matrix, mapped
 from ..host.parallel import PIECE, pieces
 from ..plan import Pair, Plan, Step
-from ..plan.region import Region, joined, rows_of
+from ..plan.region import Bounds, Region, in_chunks, joined, rows_of
 
 _GAP = 1 << 16  # bytes that are sooner skipped, by a read of their own for each row, than read
 
@@ -110,6 +111,15 @@ def dequantized(
     """
     info, table = plan.tensors[step.name], step.table
     covers = step.pair.granularity if step.pair is not None else TENSOR
+    if covers.chunk:
+        assert step.pair is not None
+        assert scale is not None
+        stack, pair = _as_stack(plan, step.pair)
+        for part in in_chunks(step.pair, region[0]):
+            inside = ((part.chunk, part.chunk + 1), part.rows, *region[1:])
+            own = scale[slice(*part.scales)], target[slice(*part.local)]
+            yield from dequantized(stack, step._replace(pair=pair), inside, *own, seen)
+        return
     shape = info.shape
     if covers.kind == "tensor" and not covers.experts:
         shape, region = joined(shape, region)
@@ -179,6 +189,9 @@ def requantized(
     """
     info, block = plan.tensors[pair.weight], pair.granularity.block
     assert block is not None
+    if pair.granularity.chunk:
+        yield from _chunks_requantized(plan, pair, lead[0], scale, codes, row_scales, seen)
+        return
     rows = rows_of(info.shape, (*lead, (0, info.shape[-1])))
     above, below = rows.row[0] // block[0] * block[0], min(-(-rows.row[1] // block[0]) * block[0], rows.height)
     count = len(rows.matrices)
@@ -215,6 +228,39 @@ def requantized(
         for top, bottom in _cut(above, below, max(1, PIECE // max(1, block[0] * rows.width)) * block[0]):
             see = partial(work, k=k, top=top, bottom=bottom)
             yield Range(info, (base + top) * rows.width, (base + bottom) * rows.width, see=see)
+
+
+def _chunks_requantized(
+    plan: Plan,
+    pair: Pair,
+    rows: Bounds,
+    scale: torch.Tensor,
+    codes: tuple[Region, torch.Tensor] | None,
+    row_scales: torch.Tensor,
+    seen: Seen,
+) -> Iterator[Range]:
+    """``requantized``, one chunk after the other."""
+    stack, alone = _as_stack(plan, pair)
+    for part in in_chunks(pair, rows):
+        wanted = None
+        if codes is not None:
+            ((first, last), columns), target = codes
+            before = part.chunk * pair.granularity.chunk
+            top, bottom = max(first, before + part.rows[0]), min(last, before + part.rows[1])
+            if top < bottom:
+                inside = ((part.chunk, part.chunk + 1), (top - before, bottom - before), columns)
+                wanted = inside, target.view(last - first, -1)[top - first : bottom - first].view(-1)
+        lead = ((part.chunk, part.chunk + 1), part.rows)
+        own = scale[slice(*part.scales)], wanted, row_scales[slice(*part.local)]
+        yield from requantized(stack, alone, lead, *own, seen)
+
+
+def _as_stack(plan: Plan, pair: Pair) -> tuple[Plan, Pair]:
+    """A plan of a pair alone, whose weight is the stack of its chunks."""
+    info = plan.tensors[pair.weight]
+    covers, shape = pair.granularity.apart(info.shape)
+    tensors = {pair.weight: replace(info, shape=shape), pair.scale: plan.tensors[pair.scale]}
+    return Plan(plan.source, tensors), pair._replace(granularity=covers)
 
 
 def _cut(top: int, bottom: int, step: int) -> Iterator[tuple[int, int]]:

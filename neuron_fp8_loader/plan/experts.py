@@ -264,10 +264,7 @@ class _Block:
         if covers.kind != "block" or covers.block is None:
             self._not_covered(pair)
         elif self.layout == "per_channel":
-            self.done.problems.append(
-                f"{pair.weight}: lies input before output, and its blocks cannot be laid out per output; "
-                'layout="keep" (blockwise_symmetric)'
-            )
+            return experts, 1, outputs
         else:
             halves = 2 if self.names.parts[0] == pair.module.rpartition(".")[2] else 1
             self._whole_blocks(pair, inputs, outputs // halves)

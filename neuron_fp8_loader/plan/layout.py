@@ -45,7 +45,7 @@ def scale_shape(pair: Pair, tensors: Infos, layout: str) -> tuple[int, ...] | No
         right = kind in (("column", "unknown") if pair.transposed else ("row", "unknown"))
         if kind == "tensor" or (right and scale in shapes):
             return rows
-        if kind == "block" and experts and not pair.transposed:
+        if kind == "block" and experts:
             return None
     if kind == "unknown":
         raise ValueError(f'{unknown(pair, tensors)}; layout="keep" leaves it as it is')
@@ -53,6 +53,11 @@ def scale_shape(pair: Pair, tensors: Infos, layout: str) -> tuple[int, ...] | No
         f"a scale of shape {list(scale)} (per {pair.granularity}) for a weight of shape {list(weight)} cannot be laid "
         'out per row; dequantize=[...] with its module\'s name, or layout="keep"'
     )
+
+
+def row_scale_shape(pair: Pair, weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scale that block scales become: one value an output row, wherever outputs lie."""
+    return (weight[0], 1, weight[2]) if pair.transposed and len(weight) == 3 else (*weight[:-1], 1)
 
 
 def can_be_dequantized(pair: Pair, tensors: Infos) -> bool:

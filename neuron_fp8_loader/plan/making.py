@@ -11,10 +11,12 @@ from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ..checkpoint.declared import Declared, read_declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity, granularity
+from ..conventions.qkv import Interleaved
 from ..errors import PlanError, Shown, printable
 from ..host.cache import cached
 from ..options import Options, What
 from .plan import ActivationScale, Pair, Plan
+from .qkv import disagreement, interleaved, with_chunks
 from .recipe import Recipe, make_recipe
 
 FP8 = "float8_e4m3fn"
@@ -115,6 +117,13 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
     if problems:
         raise PlanError(source, problems)
+    lies: dict[str, Interleaved] = {}
+    disagreements: list[str] = []
+    try:
+        lies = interleaved(tensors, pairs, declared.block, dict(declared.settings))
+        pairs = with_chunks(pairs, lies, declared.block)
+    except ValueError as error:
+        disagreements = disagreement(declared, error)
     weights = {pair.weight for pair in pairs} | set(other_formats) | set(unscaled)
     scales = {pair.scale for pair in pairs}
     return Plan(
@@ -128,7 +137,8 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
         untouched_fp8=tuple(untouched),
         unquantized=tuple(_unquantized(tensors)),
         declared=declared,
-        warnings=tuple(map(printable, (*declared.remarks, *_disagreements(declared, bool(weights))))),
+        warnings=tuple(map(printable, (*declared.remarks, *_disagreements(declared, bool(weights)), *disagreements))),
+        interleaved=lies,
     )
 
 

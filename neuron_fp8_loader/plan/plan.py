@@ -12,6 +12,7 @@ from ..checkpoint import TensorInfo
 from ..checkpoint.declared import Declared
 from ..codes.formats import OTHER_FORMATS
 from ..codes.granularity import Granularity
+from ..conventions.qkv import Interleaved
 from ..errors import printable
 from ..host.units import size
 
@@ -61,6 +62,7 @@ class Plan:
         unquantized: modules whose weight is bf16, fp16 or fp32 and at least two-dimensional.
         declared: what the config files say.
         warnings: where config and tensors disagree.
+        interleaved: weights in which queries, keys and values lie interleaved, and how; all that there are, or none.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Plan:
     unquantized: tuple[str, ...] = ()
     declared: Declared = field(default_factory=Declared)
     warnings: tuple[str, ...] = ()
+    interleaved: Mapping[str, Interleaved] = field(default_factory=dict)
 
     @cached_property
     def groups(self) -> tuple[tuple[Pair, ...], ...]:

@@ -18,8 +18,9 @@ from ..conventions import module_of
 from ..errors import PlanError
 from ..options import What
 from .experts import Fused, Fusing, Place, fuse
-from .layout import can_be_dequantized, scale_shape, unknown
+from .layout import can_be_dequantized, row_scale_shape, scale_shape, unknown
 from .plan import ActivationScale, Pair, Plan
+from .qkv import Piece, split
 
 Role = Literal["weight", "scale", "activation scale", "other"]
 Action = Literal["keep", "translate", "scale", "requantize", "dequantize", "drop"]
@@ -45,6 +46,7 @@ class Step(NamedTuple):
         activation: for a static activation or KV cache scale, what is known of it.
         place: where in a fused tensor it goes, once the action is done; ``out``, ``dtype`` and ``shape`` are then the
             fused tensor's.
+        pieces: the tensors that it is split into, once the action is done; none of them is called ``out``.
     """
 
     name: str
@@ -58,6 +60,12 @@ class Step(NamedTuple):
     pair: Pair | None = None
     activation: ActivationScale | None = None
     place: Place | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        """The names that it comes out with."""
+        return tuple(piece.name for piece in self.pieces) or (self.out,)
 
     @property
     def reciprocal(self) -> bool:
@@ -223,6 +231,8 @@ class _Maker:
         for name in tensors:
             if name not in self.steps:
                 self._step(name, "other", "keep")
+        if self.what.qkv == "split":
+            split(self.plan, self.steps, self.problems)
         steps = {name: self.steps[name] for name in tensors}
         self._check_names(steps)
         if self.problems:
@@ -250,8 +260,8 @@ class _Maker:
         if action == "dequantize":
             self._step(scale, "scale", "drop", pair=pairs[0])
         elif action == "requantize":
-            rows = tensors[pairs[0].weight].shape[:-1]
-            self._step(scale, "scale", "requantize", dtype="float32", shape=(*rows, 1), pair=pairs[0])
+            shape = row_scale_shape(pairs[0], tensors[pairs[0].weight].shape)
+            self._step(scale, "scale", "requantize", dtype="float32", shape=shape, pair=pairs[0])
         else:
             dtype = "float32" if shape is not None and header.dtype in _SHAPED_FROM else header.dtype
             self._step(scale, "scale", "scale", dtype=dtype, shape=shape, group=scale, pair=pairs[0])
@@ -268,6 +278,8 @@ class _Maker:
                 f'{pair.weight}: keep={list(self.what.keep)} names an expert, whose scales experts="fused" lays out; '
                 'leave it out of the pattern, or layout="keep"'
             )
+        if pair.weight in self.fusing.renamed:
+            pair = pair._replace(transposed=True)
         if pair.granularity.kind == "block" and self.what.layout == "per_channel":
             self._step(pair.weight, "weight", "requantize", table=HALF, pair=pair)
             self._step(pair.scale, "scale", "requantize", pair=pair)
@@ -352,9 +364,10 @@ class _Maker:
         taken: dict[str, str] = {}
         for step in steps.values():
             owner = "the experts" if step.place else step.name
-            first = owner if step.action == "drop" else taken.setdefault(step.out, owner)
-            if first != owner:
-                self.problems.append(f"{step.out}: {first} and {owner} would both get this name")
+            for out in () if step.action == "drop" else step.outs:
+                first = taken.setdefault(out, owner)
+                if first != owner:
+                    self.problems.append(f"{out}: {first} and {owner} would both get this name")
 
 
 def converted(recipe: Recipe, verdict: Verdict) -> list[str]:

@@ -70,7 +70,45 @@ def covering(pair: Pair, tensors: Mapping[str, TensorInfo], region: Region) -> R
     for dim, scale_dim, block in _axes(pair, tensors):
         start, stop = region[dim]
         out[scale_dim] = (start // block, -(-stop // block))
+    if pair.granularity.chunk and region[0][0] < region[0][1]:
+        start, stop = region[0]
+        out[0] = (_block_row(pair, start), _block_row(pair, stop - 1) + 1)
     return tuple(out)
+
+
+def _block_row(pair: Pair, row: int) -> int:
+    """The row of a scale that covers a row of a weight whose blocks begin anew with each chunk."""
+    covers = pair.granularity
+    assert covers.block is not None
+    chunk, within = divmod(row, covers.chunk)
+    return chunk * -(-covers.chunk // covers.block[0]) + within // covers.block[0]
+
+
+@dataclass(frozen=True)
+class InChunk:
+    """The part of some rows that lies in one chunk of a weight (``Granularity.chunk``).
+
+    Attributes:
+        chunk: its number.
+        rows: the bounds within it.
+        local: the bounds among the rows that were asked for.
+        scales: the bounds among the scale's rows that cover those.
+    """
+
+    chunk: int
+    rows: Bounds
+    local: Bounds
+    scales: Bounds
+
+
+def in_chunks(pair: Pair, rows: Bounds) -> Iterator[InChunk]:
+    """The parts of these rows of a weight, one a chunk."""
+    chunk, (first, last) = pair.granularity.chunk, rows
+    top = _block_row(pair, first)
+    for number in range(first // chunk, -(-last // chunk)) if first < last else ():
+        start, stop = max(first, number * chunk), min(last, (number + 1) * chunk)
+        scales = _block_row(pair, start) - top, _block_row(pair, stop - 1) + 1 - top
+        yield InChunk(number, (start - number * chunk, stop - number * chunk), (start - first, stop - first), scales)
 
 
 def scale_region(recipe: Recipe, pair: Pair, region: Region) -> Region:
@@ -91,8 +129,17 @@ def scale_region(recipe: Recipe, pair: Pair, region: Region) -> Region:
         part = covering(pair, tensors, region)
     except ValueError as error:
         raise ValueError(f'{error}; layout="per_channel" tells it of stacked experts, or load it whole') from None
+    chunk = pair.granularity.chunk
     for dim, _, block in _axes(pair, tensors):
         start, stop = region[dim]
+        if dim == 0 and chunk:
+            if start // chunk != (stop - 1) // chunk and (start % chunk or stop % chunk):
+                raise ValueError(
+                    f"{start}:{stop} of dimension 0 takes parts of several chunks of {chunk} rows, with each of which "
+                    f'its scales\' blocks begin anew; cut at multiples of {chunk}, or layout="per_channel" (one scale '
+                    f"a row), or dequantize=[{pair.module!r}]"
+                )
+            start, stop = start % chunk, start % chunk + stop - start
         if start % block and start // block != (stop - 1) // block:  # within one block its one value will do
             raise ValueError(
                 f"{start}:{stop} of dimension {dim} runs through its scales' blocks of {block}, which no part of them "

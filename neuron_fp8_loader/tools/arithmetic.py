@@ -126,6 +126,13 @@ class Tile:
 def tiles(shape: tuple[int, ...], scale: Floats, granularity: Granularity) -> Iterator[Tile] | None:
     """Cut a weight into tiles with their scales; None where it is not known which scale is whose."""
     kind = granularity.kind
+    if granularity.chunk:
+        granularity, shape = granularity.apart(shape)
+        scale = (
+            np.broadcast_to(scale, (shape[0], 1, 1))
+            if kind == "tensor"
+            else scale.reshape(shape[0], -1, scale.shape[-1])
+        )
     if kind == "unknown" or (len(shape) not in (2, 3) and kind != "tensor"):
         return None
     columns = shape[-1] if shape else 1

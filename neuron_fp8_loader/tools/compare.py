@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -260,8 +260,9 @@ def _factor(old: Side, new: Side) -> float | None:
 
 def _jobs(name: str, old: Side, new: Side, factor: float | None) -> list[tuple[Tile, Tile]]:
     shape = tuple(old.weight.shape)
-    was = tiles(shape, old.scale_values(), old.granularity)
-    now = tiles(shape, new.scale_values(), new.granularity)
+    chunk = old.granularity.chunk or new.granularity.chunk  # cut alike
+    was = tiles(shape, old.scale_values(), replace(old.granularity, chunk=chunk))
+    now = tiles(shape, new.scale_values(), replace(new.granularity, chunk=chunk))
     if was is None or now is None:
         if factor is None or old.scale is None or new.scale is None:
             raise WeightError(f"{name}: it cannot be told which of its scale's values belongs to which weight")

@@ -20,6 +20,8 @@ from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
+from ..plan.qkv import unfused
+from .moe_settings import moe_settings
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""
@@ -69,6 +71,8 @@ def settings_for(
     tp_degree: int | None = None,
     method: str = "half",
     experts: str | None = None,
+    moe_tp_degree: int | None = None,
+    moe_ep_degree: int | None = None,
 ) -> Settings:
     """Settings for a checkpoint.
 
@@ -77,10 +81,11 @@ def settings_for(
         tp_degree: tensor parallel degree, left out of the result where None.
         method: ``"half"`` or ``"ratio"``.
         experts: ``"expert_wise"`` (one scale an output row of each expert; the default) or ``"blockwise"``.
+        moe_tp_degree, moe_ep_degree: how the ranks share experts; one follows from the other and ``tp_degree``.
 
     Raises:
         CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, an unknown method,
-            ``experts`` that this checkpoint does not have.
+            ``experts`` that this checkpoint does not have, degrees that NxD cannot do.
     """
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected {' or '.join(map(repr, METHODS))}")
@@ -97,6 +102,10 @@ def settings_for(
     if experts == "blockwise":
         quantization_type, blocks, layout = BLOCKWISE, expert_blocks(plan), _BLOCKS
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
+    shares, more = moe_settings(
+        plan, tp_degree, moe_tp_degree, moe_ep_degree, blockwise=quantization_type == BLOCKWISE
+    )
+    neuron_config |= shares
     if fp8:
         neuron_config |= {
             "quantized": True,
@@ -104,11 +113,11 @@ def settings_for(
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
             **blocks,
-            "modules_to_not_convert": modules_to_not_convert(plan),
+            "modules_to_not_convert": modules_to_not_convert(unfused(plan)),
             "fp8_rescale": True if method == "half" else method,
         }
     return Settings(
-        neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, tuple(_notes(plan)), _model_type(directory), fp8
+        neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, (*_notes(plan), *more), _model_type(directory), fp8
     )
 
 

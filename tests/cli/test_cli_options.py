@@ -22,7 +22,7 @@ from tests.support import DATA, TINY, same_bytes
 def test_every_option_of_a_load(command: str) -> None:
     made = {p.name: p for p in main.commands[command].params if isinstance(p, click.Option)}
     defaults = Options()
-    for name in vars(What()).keys() - {"experts", "keep"}:  # which tools do not take, tensor by tensor
+    for name in vars(What()).keys() - {"experts", "keep", "qkv"}:  # which tools do not take, tensor by tensor
         assert made[name].opts == [f"--{name.replace('_', '-')}"]
         if name in CHOICES:
             assert tuple(made[name].type.choices) == CHOICES[name]  # type: ignore[attr-defined]

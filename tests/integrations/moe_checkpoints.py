@@ -149,11 +149,11 @@ def plain(family: Family, rng: np.random.Generator) -> dict[str, torch.Tensor]:
 
 
 def stacked(tensors: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Llama 4's form: experts [experts, in, out], gate and up side by side, scales ``X_scale`` [experts, 1, out]."""
+    """Llama 4's form: experts [experts, in, out], gate and up side by side; ``X_scale``."""
     done = {name: t for name, t in tensors.items() if ".experts." not in name}
     for layer in range(LAYERS):
         place = f"{family.root}.layers.{layer}.{family.block}.experts"
-        for end, new in (("weight", ""), ("weight_scale", "_scale")):
+        for end, new in (("weight", ""), ("weight_scale", "_scale"), ("weight_scale_inv", "_scale")):
             gate, up, down = ([tensors.get(f"{place}.{e}.{p}.{end}") for e in range(EXPERTS)] for p in family.experts)
             if gate[0] is None:
                 continue

@@ -24,6 +24,7 @@ ROWS = [
     ("llama4", "channel", False),
     ("llama4", "block", False),
     ("llama4", "channel", True),
+    ("llama4", "block", True),
 ]
 FORMS = {"channel": "a row", "tensor": "a matrix", "block": "128x128", "mx": "MX 1x32"}
 

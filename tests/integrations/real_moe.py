@@ -158,13 +158,16 @@ def test_blockwise(family: str, form: str, tp: int) -> None:
         ("channel", True, "expert_wise", 2),  # FBGEMM
         ("channel", False, "expert_wise", 4),
         ("block", False, "blockwise", 2),
+        ("block", True, "blockwise", 4),
+        ("block", True, "expert_wise", 2),
     ],
 )
 def test_llama4(form: str, stack: bool, kind: str, tp: int) -> None:
     """Its shared experts, which NxD does not quantize, come as bfloat16."""
     fp8, plain = checkpoint("llama4", form, stack)
     ranks, twins = shards("llama4", fp8, tp, **TYPES[kind]), twin("llama4", plain, tp)
-    check(ranks, twins, experts=HALVED, others=HALVED if form == "channel" else REQUANTIZED)
+    experts = REQUANTIZED if (form, kind) == ("block", "expert_wise") else HALVED
+    check(ranks, twins, experts=experts, others=HALVED if form == "channel" else REQUANTIZED)
     name = "layers.0.feed_forward.moe.shared_experts.up_proj.weight"
     for rank, other in zip(ranks, twins, strict=True):
         assert torch.equal(rank[name], other[name].bfloat16())

@@ -90,6 +90,19 @@ def test_without_enable_the_flag_is_dropped_as_ever(nxdi: Standin) -> None:
     assert not hasattr(nxdi.config.NeuronConfig(fp8_rescale=True), "fp8_rescale")
 
 
+def test_hybrid_sharding_of_fp8_experts_is_refused(enabled: Standin, tmp_path: Path) -> None:
+    """NxD copies their weights for it, and not their scales."""
+    experts = [f"model.layers.0.mlp.experts.{n}.{p}_proj" for n in range(2) for p in ("gate", "up", "down")]
+    path = write(tmp_path / "fp8", state_dict(layers=experts))
+    hybrid = {"hybrid_sharding_config": {"moe_cte_tp_degree": 4, "moe_tkg_ep_degree": 4}}
+    with pytest.raises(OptionError, match=r"copies the weights of experts.* 6 of .*moe_ep_degree"):
+        enabled.config.MoENeuronConfig(**settings(path, **hybrid))
+    floats = {"fp8_rescale": {"dequantize": ["*.experts.*"]}}
+    enabled.config.MoENeuronConfig(**settings(path, **hybrid, **floats))
+    enabled.config.MoENeuronConfig(**settings(write(tmp_path / "dense", state_dict()), **hybrid))
+    enabled.config.MoENeuronConfig(**settings(path, **hybrid, fp8_rescale=False))
+
+
 class TestModulesToNotConvert:
     def test_filled_in_where_it_was_left_out(self, enabled: Standin, tmp_path: Path) -> None:
         path = write(tmp_path, state_dict(plain=("self_attn",)))

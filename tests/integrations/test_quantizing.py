@@ -87,6 +87,30 @@ def test_blocks_that_would_be_too_small_are_refused(enabled: Standin) -> None:
         converted(enabled, Q_BLOCKS, {"experts": layer}, quantization_type="blockwise_symmetric", **BLOCKS)
 
 
+class Patched:
+    """A quantized layer of a port that takes the scales of gate and up for one run, and a rank's for all experts'."""
+
+    @classmethod
+    def from_float(cls, mod: Any, q_config: dict[str, Any]) -> Any:
+        weight, scale = torch.nn.Parameter(mod.weight), torch.nn.Parameter(torch.empty(4, 2, 4))
+        parallel = {"tensor_model_parallel": True, "partition_dim": 2}
+        vars(weight).update(parallel, partition_stride=mod.stride, expert_model_parallel=True, is_prefill=True)
+        vars(scale).update(parallel, partition_stride=1)
+        return SimpleNamespace(weight=weight, scale=scale)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_scales_are_split_among_ranks_as_their_weights(
+    enabled: Standin, monkeypatch: pytest.MonkeyPatch, flag: bool
+) -> None:
+    monkeypatch.setattr(Quantized, "from_float", Patched.from_float)
+    layer = Fused(4, 256, 512, output_size_per_partition=512, stride=2)
+    given = {"quantization_type": "blockwise_symmetric", "fp8_rescale": flag, **BLOCKS}
+    got = converted(enabled, Q_BLOCKS, {"experts": layer}, **given)
+    assert got["experts"].scale.partition_stride == (2 if flag else 1)
+    assert getattr(got["experts"].scale, "expert_model_parallel", False) == flag
+
+
 @pytest.mark.parametrize("given", [{"fp8_rescale": False, **BLOCKS}, {**BLOCKS, "quantization_block_axis": [0, 1]}])
 def test_without_the_flag_or_for_two_axes_nothing_changes(enabled: Standin, given: dict[str, Any]) -> None:
     given = {"quantization_type": "blockwise_symmetric", **given}

@@ -13,7 +13,7 @@ import pytest
 from neuron_fp8_loader import kernel
 from tests.support import ROOT, SHARED
 
-CASES = [("real_cases.py", "real_layouts.py"), ("real_moe.py",), ("real_moe_ep.py",)]
+CASES = [("real_cases.py", "real_layouts.py", "real_qkv.py"), ("real_moe.py",), ("real_moe_ep.py",), ("real_mimo.py",)]
 
 
 @pytest.mark.parametrize("files", CASES)
@@ -21,6 +21,8 @@ def test_real_sources(files: tuple[str, ...]) -> None:
     for variable in ("NXD_SRC", "NXDI_SRC"):
         if not os.environ.get(variable):
             pytest.skip(f"{variable} is not set")
+    if files == ("real_mimo.py",) and not os.environ.get("MIMO_SRC"):
+        pytest.skip("MIMO_SRC is not set")
     if not (SHARED.parent / "nxdi_cpu" / "harness.py").is_file():
         pytest.skip("no shared nxdi_cpu harness")
     for package in ("transformers", "tenacity"):

@@ -49,6 +49,7 @@ class MultimodalVisionNeuronConfig(NeuronConfig):
 
 class MoENeuronConfig(NeuronConfig):
     def __init__(self, capacity_factor=None, glu_mlp=True, **kwargs) -> None:
+        self.hybrid_sharding_config = kwargs.pop("hybrid_sharding_config", None)
         self.capacity_factor = capacity_factor
         self.glu_mlp = glu_mlp
         super().__init__(**kwargs)
