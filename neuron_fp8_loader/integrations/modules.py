@@ -19,14 +19,13 @@ import torch
 from ..codes.formats import E4M3FN
 from ..errors import OptionError, listing
 from ..plan import Plan
-from .names import checkpoint_modules, contradictions, paths_of
+from .names import absorbed, checkpoint_modules, contradictions, paths_of
 
 log = logging.getLogger("neuron_fp8_loader")
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks|transformer_blocks|single_transformer_blocks)\.\d+)\.")
-_ABSORBED = re.compile(r"\.kv_b_proj$")
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.([qkv]_proj|qkv_proj|Wqkv)$")
 
 
@@ -150,12 +149,6 @@ def with_bias(plan: Plan) -> list[str]:
     """FP8 projections of queries, keys and values that have a bias: NxD Inference cannot load them quantized."""
     names = (pair.module for pair in plan.pairs)
     return [name for name in names if _QKV.search(name) and f"{name}.bias" in plan.tensors]
-
-
-def absorbed(plan: Plan) -> list[str]:
-    """FP8 projections of latent attention whose weight a model multiplies by itself, without asking its layer: NxD
-    would quantize the layer, and nothing would apply its scales."""
-    return [pair.module for pair in plan.pairs if _ABSORBED.search(pair.module)]
 
 
 def not_quantized(plan: Plan, entries: Collection[str], modules: Modules | None) -> list[str]:

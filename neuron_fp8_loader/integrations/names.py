@@ -35,6 +35,8 @@ _SHARED = re.compile(r"\.shared_experts?(?=\.|$)")
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
 # what NxD Inference builds from layers that it quantizes, in every model
 _QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3)|\.A_log|\.dt_bias)$")
+# latent attention multiplies by this weight itself: a quantized layer there would never apply its scales
+_ABSORBED = re.compile(r"\.kv_b_proj$")
 # vectors of linear attention (Qwen3.5), which its port keeps in layers so that they are sharded
 _VECTORS = re.compile(r"\.linear_attn\.(A_log|dt_bias)$")
 # DBRX
@@ -129,11 +131,17 @@ def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[st
     return [module.name for module in _modules(plan, dequantized)[1]]
 
 
+def absorbed(plan: Plan) -> list[str]:
+    """The FP8 modules of a checkpoint whose weight a model uses without asking its layer: bfloat16 in every list."""
+    return [pair.module for pair in plan.pairs if _ABSORBED.search(pair.module)]
+
+
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
     weights = [*(pair.weight for pair in plan.pairs), *plan.other_formats, *plan.unscaled]
-    fp8 = [module_of(name) for name in weights if name not in dequantized]
-    plain = [*plan.unquantized, *(module_of(name) for name in weights if name in dequantized)]
+    plain_too = {*dequantized, *(name for name in weights if _ABSORBED.search(module_of(name)))}
+    fp8 = [module_of(name) for name in weights if name not in plain_too]
+    plain = [*plan.unquantized, *(module_of(name) for name in weights if name in plain_too)]
     plain += [
         name
         for name, info in plan.tensors.items()

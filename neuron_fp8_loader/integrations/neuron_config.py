@@ -14,7 +14,7 @@ from ..errors import Fp8LoaderError, OptionError, listing
 from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
-from .modules import absorbed, with_bias
+from .modules import with_bias
 from .names import contradictions, modules_to_not_convert
 from .stacks import takes
 
@@ -102,10 +102,9 @@ def _filled(neuron_config: Any) -> list[str] | None:
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:
-    """What the load turns into bfloat16 whatever the model is: what the options say, qkv with a bias, and weights
-    that a model multiplies by itself."""
-    always = {*with_bias(plan), *absorbed(plan)}
-    return dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in always}
+    """What the load turns into bfloat16 whatever the model is: what the options say, and qkv with a bias."""
+    biased = set(with_bias(plan))
+    return dequantized(plan, options) | {p.weight for p in plan.pairs if p.module in biased}
 
 
 def set_environment() -> None:

@@ -111,8 +111,11 @@ def only_of(layers: Collection[str], placed: Mapping[str, torch.Tensor]) -> dict
 def _placed(
     state_dict: MutableMapping[str, Any], block: str, pairs: Mapping[str, Pair], made: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Take the stacks out, [experts, in, out]. Those that were stacks on disk, and not FP8, are the conversion's."""
-    found = {}
+    """Take the stacks out, [experts, in, out], and their scales away, which ``experts.Part`` has.
+
+    Stacks that were stacks on disk, and not FP8, are the conversion's.
+    """
+    found, heads = {}, set()
     for name in list(state_dict):
         match, layer = _STACK.match(name), _LAYER.match(short_name(name))
         if match is None or layer is None:
@@ -121,8 +124,12 @@ def _placed(
         if pair is None and name not in made:
             continue
         stack = state_dict.pop(name)
+        heads.add(match["head"])
         lying = stack if pair is None or pair.transposed else stack.transpose(1, 2).contiguous()
         found[f"{layer['layer']}{block}.expert_mlps.mlp_op.{match['proj']}.weight"] = lying
+    for name in [n for n in state_dict if n.endswith(".scale") and ".experts." in n]:
+        if name.rpartition(".experts.")[0] + ".experts" in heads:
+            del state_dict[name]
     return found
 
 
