@@ -22,7 +22,7 @@ from ..plan import Pair
 from .check import is_weight
 from .names import short_name
 
-_EXPERTS = re.compile(r"(^|\.)experts\.")
+_EXPERTS = re.compile(r"(^|\.)(experts|expert_mlps)\.")
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _ROLES = {
@@ -84,50 +84,65 @@ class Part:
         return grid
 
 
-def parts_of(state_dict: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Part]:
+def is_expert(name: str) -> bool:
+    """Is a tensor, by its name before or after a conversion, one expert's or a stack of them?"""
+    return _EXPERTS.search(name) is not None
+
+
+def parts_of(state_dict: Mapping[str, Any], pairs: Mapping[str, Pair], flat: int = 0) -> list[Part]:
     """The parts of all FP8 experts that have a scale.
 
     Args:
         state_dict: what the conversion will be given.
         pairs: of the checkpoint, by ``short_name`` of the module.
+        flat: how many experts lie one below another in a matrix (see ``Takes.flat``); 0 where they do not.
+
+    Raises:
+        WeightError: a flat matrix is not made of so many experts.
     """
     found: list[Part] = []
     for name, weight in state_dict.items():
-        if not _EXPERTS.search(name) or not is_weight(name, weight, state_dict) or weight.dim() not in (2, 3):
+        if not is_expert(name) or not is_weight(name, weight, state_dict) or weight.dim() not in (2, 3):
             continue
         module = module_of(name)
         pair, scale = pairs.get(short_name(module)), state_dict.get(f"{module}.scale")
         if pair is not None and scale is not None:
-            found += _parts(name, weight, scale, pair)
+            found += _parts(name, weight, scale, pair, flat if weight.dim() == 2 else 0)
     return sorted(found, key=lambda part: part.role)
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The number of the layer in a tensor's name; "" where there is none."""
     layer = _LAYER.search(name)
     return layer[1] if layer else ""
 
 
-def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair) -> Iterator[Part]:
+def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair, flat: int) -> Iterator[Part]:
     number = _NUMBER.search(name)
-    last = module_of(name).rpartition(".")[2]
+    last = module_of(name).rpartition(".")[2].removesuffix("_weight")
     role = next((k for k, names in enumerate(_ROLES.values()) if last in names), 2)
+    if flat:
+        if weight.shape[0] % flat:
+            raise WeightError(f"{name} {list(weight.shape)}: expected the rows of {flat} experts, one below another")
+        matrices = weight.reshape(flat, -1, weight.shape[1])
+    else:
+        matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
     stacked = weight.dim() == 3
-    matrices = weight if stacked else weight.unsqueeze(0)
-    values, block = _grid(matrices, scale, pair)
-    if stacked and pair.transposed:
+    values, block = _flat_grid(name, matrices, scale, pair) if flat else _grid(matrices, scale, pair)
+    if role == 2 if flat else stacked and pair.transposed:
         matrices, values, block = matrices.transpose(1, 2), values.transpose(1, 2), block[::-1]
     raw = matrices.view(torch.uint8)
     out = raw.shape[1]
     # gate and up of a stack may be padded apart, so its halves are looked for apart
     cut = out // 2 if stacked and out % 2 == 0 and (block[0] >= out or out // 2 % block[0] == 0) else out
     for place in range(len(raw)):
-        expert = place if stacked else int(number[1]) if number else 0
+        expert = place if stacked or flat else int(number[1]) if number else 0
         for top in range(0, out, cut):
             own = values[place][top // block[0] : -(-(top + cut) // block[0])] if block[0] < out else values[place]
             yield Part(
                 name,
                 f"{module_of(name)}.scale",
-                _layer(name),
+                layer_of(name),
                 expert,
                 role if top == 0 or role != 0 else 1,
                 (cut, raw.shape[2]),
@@ -135,6 +150,33 @@ def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair) -> 
                 own,
                 block,
             )
+
+
+def _flat_grid(
+    name: str, matrices: torch.Tensor, scale: torch.Tensor, pair: Pair
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """As ``_grid``, of experts one below another in a matrix: [experts, rows of one, columns]."""
+    experts, rows, columns = matrices.shape
+    values, kind = scale_values(scale).float(), pair.granularity.kind
+    if kind == "tensor":
+        return values.flatten()[:1].reshape(1, 1, 1).expand(experts, 1, 1), (rows, columns)
+    if values.numel() == experts:
+        return values.reshape(experts, 1, 1), (rows, columns)
+    if kind == "row":
+        return values.reshape(experts, rows, 1), (1, columns)
+    height, width = pair.granularity.block or (0, 0)
+    if (
+        kind == "block"
+        and height
+        and rows % height == 0
+        and scale.dim() == 2
+        and scale.shape[1] == -(-columns // width)
+    ):
+        return values.reshape(experts, rows // height, -1), (height, width)
+    raise WeightError(
+        f"{name}: {experts} experts of {rows} rows, one below another, with a scale {list(scale.shape)}; expected one "
+        "for all, one each, one a row, or blocks of which no two experts share one"
+    )
 
 
 def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -188,9 +230,9 @@ def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[P
     """
     stacks: dict[str, list[Placed]] = {}
     for name, value in converted.items():
-        stacks.setdefault(_layer(name), [])
+        stacks.setdefault(layer_of(name), [])
         if isinstance(value, torch.Tensor) and value.dtype == E4M3FN and value.dim() == 3 and name.endswith(".weight"):
-            stacks[_layer(name)].append(Placed(name, value, []))
+            stacks[layer_of(name)].append(Placed(name, value, []))
     there = {short_name(name) for name in converted}
     lost: dict[str, None] = {}
     for part in parts:

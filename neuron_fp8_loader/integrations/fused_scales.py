@@ -88,9 +88,7 @@ def attach_scales(
         try:
             scale, lost = _scale(stack, form, threads)
         except ValueError as error:
-            raise OptionError(
-                f"{source}: {stack.name}: {error}. Set {EXPERT_WISE}, or, where that is not exact, rounds once more"
-            ) from error
+            raise OptionError(f"{source}: {stack.name}: {error}. {_advice(form.kind)}") from error
         if not bool(torch.isfinite(scale).all()):
             raise ScaleError(f"{source}: {stack.name}: its experts have scales that are not finite")
         converted[stack.name.removesuffix("weight") + "scale"] = scale
@@ -98,6 +96,15 @@ def attach_scales(
     if found:
         more = "" if cost.signal == 0 else f"; one scale for all experts cost {cost.sqnr:.1f} dB"
         log.info("%s: scales of %d stacks of experts, %s%s", printable(source), len(found), form.kind, more)
+
+
+def _advice(kind: str) -> str:
+    if kind == "expert_wise_per_channel_symmetric":
+        return (
+            "This type has one scale an output row of an expert. Have the experts as bfloat16: "
+            'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
+        )
+    return f"Set {EXPERT_WISE}, or, where that is not exact, rounds once more"
 
 
 def _scale(stack: Placed, form: Form, threads: int) -> tuple[torch.Tensor, Fidelity]:

@@ -28,12 +28,13 @@ from .explain import explained
 from .flag import BLOCKWISE, FLAG, experts_apart, options_for, parse, quantization_type
 from .fused_scales import Form, attach_scales
 from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
-from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, patterns
+from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, one_each, patterns
 from .names import paths_of, short_name
 from .neuron_config import find_plan, has_fp8
 from .places import behind, standing_in
 from .qkv import fused_again, interleaved_as_floats, parts_dequantized, split_with_rows, unfused
-from .stacks import as_taken, takes
+from .row_scales import Rows
+from .stacks import as_taken, only_of, takes
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -101,8 +102,9 @@ class Session:
             log.info("%s: as bfloat16, for NxD does not quantize %s", plan.source, listing("FP8 module", more, 5))
             given = Options.of(self.options).dequantize
             options["dequantize"] = [*given, *patterns(plan, more)]
-        if self.blocks and Options.of(self.options).layout == "per_channel":
-            options["keep"] = [*Options.of(self.options).keep, *patterns(plan, experts_of(plan))]
+        if Options.of(self.options).layout == "per_channel":
+            kept = experts_of(plan) if self.blocks else one_each(plan)
+            options["keep"] = [*Options.of(self.options).keep, *patterns(plan, kept)]
         if modules is not None:
             check_plain(unfused(plan), parts_dequantized(plan, options), modules)
         return options
@@ -137,12 +139,20 @@ def _session_for(config: Any, model: type) -> Session | None:
     if options is None:
         return None
     quantized = bool(getattr(neuron_config, "quantized", False))
-    own = quantizes_itself(model) if quantized else reads_scale_inv(model)
+    own = _quantizes_itself(model, neuron_config) if quantized else reads_scale_inv(model)
     entries = tuple(getattr(neuron_config, "modules_to_not_convert", None) or ())
     prefix = getattr(model, "_FUSED_PREFIX", "")
     blocks = experts_apart(neuron_config) and quantization_type(neuron_config) == BLOCKWISE
     app = _application.get()
     return Session(options, quantized, blocks, own, entries=entries, app=app, prefix=prefix)
+
+
+def _quantizes_itself(model: type, neuron_config: Any) -> bool:
+    """As ``quantizes_itself``, but for models around whose conversion experts can be put, and whose layers take one
+    scale for all experts only if they are asked to."""
+    form = takes(model)
+    around = form is not None and form.block and quantization_type(neuron_config) != "per_tensor_symmetric"
+    return not around and quantizes_itself(model)
 
 
 def reader(file_name: str) -> Callable[..., Any]:
@@ -195,9 +205,14 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
             state_dict, _ = rescale_by(state_dict, make_recipe(plan, options), options, inplace=True)
             state_dict = session.named(state_dict, plan)
         session.scales.update(scales_of(state_dict))
-        parts = parts_of(state_dict, session.pairs)
-        as_taken(state_dict, takes(cls), session.pairs)
+        taken = takes(cls)
+        parts = parts_of(state_dict, session.pairs, taken.experts(config) if taken else 0)
+        rows = Rows.of(state_dict)
+        placed = as_taken(state_dict, taken, session.pairs)
         converted = convert(state_dict, *args, **kwargs)
+        converted.update(only_of(converted, placed))
+        if session.quantized:
+            rows.attach(converted, str(path))
         if parts:
             form = Form.of(config.neuron_config, session.modules)
             attach_scales(converted, parts, form, Shown(path), Options.of(session.options).thread_count())

@@ -19,7 +19,7 @@ import torch
 from ..codes.formats import E4M3FN
 from ..errors import OptionError, listing
 from ..plan import Plan
-from .names import checkpoint_modules, contradictions, paths_of
+from .names import absorbed, checkpoint_modules, contradictions, paths_of
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -60,7 +60,10 @@ class Modules:
         for name in paths_of(module):
             if name in self.quantized:
                 return name
-            found = [p for p in self._places.get(_place(name), ()) if _is_within(name.split("."), p.split("."))]
+            # experts are where the model has its MoE module, whatever the block is called
+            head, fused, last = name.partition(".expert_mlps.")
+            parts = [*head.split(".")[:2], "expert_mlps", *last.split(".")] if fused else name.split(".")
+            found = [p for p in self._places.get(_place(name), ()) if _is_within(parts, p.split("."))]
             if found:
                 return min(found, key=len)
         return None
@@ -157,11 +160,12 @@ def not_quantized(plan: Plan, entries: Collection[str], modules: Modules | None)
         modules: of the model, or None.
     """
     listed = set(contradictions(plan, entries)[0]) | set(with_bias(plan))
+    always = set(absorbed(plan))
     found = []
     for pair in plan.pairs:
         name = pair.module
         path = modules.find(name) if modules else None
-        if name in listed if path is None or modules is None else not modules.quantized[path]:
+        if name in always or (name in listed if path is None or modules is None else not modules.quantized[path]):
             found.append(name)
     return found
 
@@ -191,6 +195,15 @@ def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules) -> N
 def experts_of(plan: Plan) -> list[str]:
     """The FP8 modules of a checkpoint that are experts, one by one or in a stack."""
     return [p.module for p in plan.pairs if ".experts." in p.module and len(plan.tensors[p.weight].shape) in (2, 3)]
+
+
+def one_each(plan: Plan) -> list[str]:
+    """Matrices of experts one below another (DBRX) with a scale for each, which only the model's config can tell."""
+    return [
+        p.module
+        for p in plan.pairs
+        if ".experts.mlp." in p.module and p.granularity.kind == "unknown" and len(plan.tensors[p.scale].shape) == 1
+    ]
 
 
 def patterns(plan: Plan, chosen: Iterable[str]) -> list[str]:

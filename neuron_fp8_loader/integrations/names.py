@@ -34,7 +34,14 @@ _EXPERT = re.compile(r"\.(experts(\.\d+)?\.(?P<proj>gate_up_proj|gate_proj|up_pr
 _SHARED = re.compile(r"\.shared_experts?(?=\.|$)")
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
 # what NxD Inference builds from layers that it quantizes, in every model
-_QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3))$")
+_QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3)|\.A_log|\.dt_bias)$")
+# latent attention multiplies by this weight itself: a quantized layer there would never apply its scales
+_ABSORBED = re.compile(r"\.kv_b_proj$")
+# vectors of linear attention (Qwen3.5), which its port keeps in layers so that they are sharded
+_VECTORS = re.compile(r"\.linear_attn\.(A_log|dt_bias)$")
+# DBRX
+_ATTENTION_OF_BLOCK = re.compile(r"^blocks\.(\d+)\.norm_attn_norm\.attn\.")
+_FFN_OF_BLOCK = re.compile(r"^blocks\.(\d+)\.ffn\.(experts\.)?(mlp\.)?")
 
 
 @dataclass(frozen=True)
@@ -124,16 +131,23 @@ def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[st
     return [module.name for module in _modules(plan, dequantized)[1]]
 
 
+def absorbed(plan: Plan) -> list[str]:
+    """The FP8 modules of a checkpoint whose weight a model uses without asking its layer: bfloat16 in every list."""
+    return [pair.module for pair in plan.pairs if _ABSORBED.search(pair.module)]
+
+
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
     weights = [*(pair.weight for pair in plan.pairs), *plan.other_formats, *plan.unscaled]
-    fp8 = [module_of(name) for name in weights if name not in dequantized]
-    plain = [*plan.unquantized, *(module_of(name) for name in weights if name in dequantized)]
+    plain_too = {*dequantized, *(name for name in weights if _ABSORBED.search(module_of(name)))}
+    fp8 = [module_of(name) for name in weights if name not in plain_too]
+    plain = [*plan.unquantized, *(module_of(name) for name in weights if name in plain_too)]
     plain += [
         name
         for name, info in plan.tensors.items()
         if len(info.shape) == 3 and info.dtype in _PLAIN and _EXPERT.search("." + name)  # fused experts: no `.weight`
     ]
+    plain += [name for name in plan.tensors if _VECTORS.search(name)]
     tied = any(_EMBEDDING.search(name) for name in plain) and not any(
         _PREFIX.sub("", name) == "lm_head" for name in (*plain, *fp8)
     )
@@ -152,6 +166,8 @@ def _can_be_quantized(name: str) -> bool:
 
 def _module(name: str) -> _Module:
     short = _PREFIX.sub("", name)
+    if short.startswith("blocks."):
+        return _of_block(name, short)
     renamed = _SHARED.sub(".shared_experts", short.replace(".block_sparse_moe.", ".mlp."))
     qkv, expert = _QKV.search(renamed), _EXPERT.search(renamed)
     if qkv:
@@ -169,6 +185,19 @@ def _module(name: str) -> _Module:
         return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))
     if renamed.endswith((".shared_experts.gate_proj", ".shared_experts.up_proj")):
         return _Module(name, renamed, (short, renamed, renamed.rpartition(".")[0] + ".gate_up_proj"))
+    return _Module(name, renamed, (short, renamed))
+
+
+def _of_block(name: str, short: str) -> _Module:
+    """As ``_module``, in the names of DBRX."""
+    renamed = _ATTENTION_OF_BLOCK.sub(r"layers.\1.self_attn.", short).removesuffix("_weight")
+    if renamed.endswith(".self_attn.out_proj"):
+        renamed = renamed.removesuffix("out_proj") + "o_proj"
+        return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))
+    expert = _FFN_OF_BLOCK.match(renamed)
+    if expert and expert[2]:
+        proj = "down_proj" if renamed.endswith(".w2") else "gate_up_proj"
+        renamed = f"layers.{expert[1]}.ffn.expert_mlps.mlp_op.{proj}"
     return _Module(name, renamed, (short, renamed))
 
 

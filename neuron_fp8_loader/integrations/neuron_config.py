@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from .modules import experts_of, with_bias
 from .names import contradictions, modules_to_not_convert
 from .places import here, is_store
 from .qkv import parts_dequantized, unfused
+from .stacks import takes
 
 log = logging.getLogger("neuron_fp8_loader")
 
 LIST = "modules_to_not_convert"
+_AMONG = re.compile(r"^(?P<layer>layers\.\d+)\.mlp(\.expert_mlps(?P<proj>\.mlp_op\.\w+)?)?$")
 # without them XLA and the compiler take e4m3fn constants and casts for what they are on a GPU
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 
@@ -70,11 +73,27 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
 
     A class that makes its own quantized weights has a list of its own, and would not set it over one filled in.
     """
-    if quantizes_itself(type(self)) and parse(getattr(neuron_config, FLAG, None)) is not None and acts():
+    options_given = parse(getattr(neuron_config, FLAG, None)) is not None
+    if options_given and quantizes_itself(type(self)) and acts():
         neuron_config_list = getattr(neuron_config, LIST, None)
         if neuron_config_list and neuron_config_list == _filled(neuron_config):
             setattr(neuron_config, LIST, None)
     original(self, neuron_config, *args, **kw)
+    form, given = takes(type(self)), getattr(neuron_config, LIST, None)
+    if options_given and form is not None and form.block and given:
+        entries = [*given, *_experts_in(form.block, given)]
+        setattr(neuron_config, LIST, list(dict.fromkeys(entries)))
+
+
+def _experts_in(block: str, entries: Iterable[str]) -> Iterator[str]:
+    """Entries that name experts as most models do, ``layers.N.mlp``, in the block that a model has them in.
+
+    The whole block where all experts are meant: a fused kernel's module holds them once more, by another path in it.
+    """
+    for entry in entries:
+        match = _AMONG.match(entry)
+        if match:
+            yield f"{match['layer']}.{block}{'.expert_mlps' + match['proj'] if match['proj'] else ''}"
 
 
 def _filled(neuron_config: Any) -> list[str] | None:

@@ -6,8 +6,9 @@ Only weights are brought into the other form here. Scales follow them after the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,24 +25,43 @@ class Takes:
         stacked: ``experts.gate_up_proj`` [experts, in, out] and ``experts.down_proj``, or each expert by itself,
             ``experts.N.gate_proj.weight`` [out, in] and so on?
         gate, up, down: what each expert's projections are called.
+        block: the path of NxD's MoE module in a layer, for models whose conversion would quantize or transpose
+            experts by itself and does not miss those that it does not see: they are put into that module's names
+            around it.
+        flat: does the model have the experts of a layer in three matrices ``experts.mlp.{gate, up, down}``, one expert
+            below another, each [out, in] but for ``down``, which is [in, out]?
+        count: for such, where the model's configuration says how many experts there are.
     """
 
     stacked: bool
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    block: str = ""
+    flat: bool = False
+    count: str = ""
+
+    def experts(self, config: Any) -> int:
+        """How many experts are in a flat matrix; 0 where they are not flat."""
+        return int(reduce(getattr, self.count.split("."), config)) if self.flat else 0
 
 
 FAMILIES = {
     "qwen3_moe": Takes(stacked=False),
     "mixtral": Takes(stacked=False, gate="w1", up="w3", down="w2"),
     "llama4": Takes(stacked=True),
+    "dbrx": Takes(stacked=True, gate="w1", up="v1", down="w2", flat=True, count="ffn_config.moe_num_experts"),
+    "deepseek": Takes(stacked=False),
+    "glm5": Takes(stacked=True, block="feed_forward.moe"),
+    "qwen35": Takes(stacked=True, block="mlp.moe"),
 }
 """By a part of the path of the Python module that holds the model. A family that is not here gets its experts as they
 lie on disk; to have it served with both forms, add a line."""
 
 _STACK = re.compile(r"^(?P<head>.*\.experts)\.(?P<proj>gate_up_proj|down_proj)(\.weight)?$")
 _SINGLE = re.compile(r"^(?P<head>.*\.experts)\.(?P<number>\d+)\.(?P<proj>\w+)\.weight$")
+_FLAT = re.compile(r"^(?P<name>.*\.experts\.mlp\.\w+?)(_|\.)weight$")
+_LAYER = re.compile(r"^(?P<layer>(layers|blocks|h)\.\d+\.)")
 
 
 def takes(cls: type) -> Takes | None:
@@ -53,7 +73,9 @@ def takes(cls: type) -> Takes | None:
     return None
 
 
-def as_taken(state_dict: MutableMapping[str, Any], form: Takes | None, pairs: Mapping[str, Pair]) -> None:
+def as_taken(
+    state_dict: MutableMapping[str, Any], form: Takes | None, pairs: Mapping[str, Pair]
+) -> dict[str, torch.Tensor]:
     """Bring the experts' weights of a state dict into the form that a conversion takes, in place.
 
     Args:
@@ -61,13 +83,54 @@ def as_taken(state_dict: MutableMapping[str, Any], form: Takes | None, pairs: Ma
         form: what is taken; None leaves all as it is.
         pairs: of the checkpoint, by ``short_name`` of the module: they tell how a stack lies. Stacks that were not
             FP8 on disk are left alone.
+
+    Returns:
+        what the conversion must not see, under the names of NxD's MoE module: to be added to what it returns.
     """
-    if form is None:
-        return
-    if form.stacked:
-        _stack(state_dict, form)
-    else:
+    if form is None or not pairs:
+        return {}
+    if form.flat:
+        for name in list(state_dict):
+            match = _FLAT.match(name)
+            if match:
+                state_dict[match["name"]] = state_dict.pop(name)
+        return {}
+    if not form.stacked:
         _split(state_dict, form, pairs)
+        return {}
+    made = _stack(state_dict, form)
+    return _placed(state_dict, form.block, pairs, made) if form.block else {}
+
+
+def only_of(layers: Collection[str], placed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of ``as_taken``'s result is of a layer that the model has, by the names that its conversion returned."""
+    there = {match["layer"] for match in map(_LAYER.match, layers) if match}
+    return {name: t for name, t in placed.items() if any(name.startswith(layer) for layer in there)}
+
+
+def _placed(
+    state_dict: MutableMapping[str, Any], block: str, pairs: Mapping[str, Pair], made: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Take the stacks out, [experts, in, out], and their scales away, which ``experts.Part`` has.
+
+    Stacks that were stacks on disk, and not FP8, are the conversion's.
+    """
+    found, heads = {}, set()
+    for name in list(state_dict):
+        match, layer = _STACK.match(name), _LAYER.match(short_name(name))
+        if match is None or layer is None:
+            continue
+        pair = pairs.get(short_name(name.removesuffix(".weight")))
+        if pair is None and name not in made:
+            continue
+        stack = state_dict.pop(name)
+        heads.add(match["head"])
+        lying = stack if pair is None or pair.transposed else stack.transpose(1, 2).contiguous()
+        found[f"{layer['layer']}{block}.expert_mlps.mlp_op.{match['proj']}.weight"] = lying
+    for name in [n for n in state_dict if n.endswith(".scale") and ".experts." in n]:
+        if name.rpartition(".experts.")[0] + ".experts" in heads:
+            del state_dict[name]
+    return found
 
 
 def _split(state_dict: MutableMapping[str, Any], form: Takes, pairs: Mapping[str, Pair]) -> None:
@@ -88,7 +151,9 @@ def _split(state_dict: MutableMapping[str, Any], form: Takes, pairs: Mapping[str
                 state_dict[f"{place}.{form.up}.weight"] = matrix[half:]
 
 
-def _stack(state_dict: MutableMapping[str, Any], form: Takes) -> None:
+def _stack(state_dict: MutableMapping[str, Any], form: Takes) -> set[str]:
+    """Returns the names of the stacks made."""
+    made = set()
     layers: dict[str, dict[int, dict[str, str]]] = {}
     for name in state_dict:
         match = _SINGLE.match(name)
@@ -106,4 +171,7 @@ def _stack(state_dict: MutableMapping[str, Any], form: Takes) -> None:
             fused[n, :, :inter], fused[n, :, inter:], downs[n] = gate[n].T, up[n].T, down[n].T
             for p in (form.gate, form.up, form.down):
                 del state_dict[experts[n][p]]
-        state_dict[f"{head}.gate_up_proj"], state_dict[f"{head}.down_proj"] = fused, downs
+        for name, stack in ((f"{head}.gate_up_proj", fused), (f"{head}.down_proj", downs)):
+            state_dict[name] = stack
+            made.add(name)
+    return made

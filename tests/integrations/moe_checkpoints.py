@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tests.integrations.moe_models import MODELS, Model
 from tests.support import e4m3fn, fp8
 
 HIDDEN, INTER, EXPERTS, LAYERS, HEADS, HEAD, VOCAB = 256, 256, 4, 2, 4, 64, 128
@@ -164,14 +165,60 @@ def stacked(tensors: dict[str, torch.Tensor], family: Family) -> dict[str, torch
     return done
 
 
+def out_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' form, which Qwen3.5's conversion takes: experts [experts, out, in], gate above up."""
+    done = {name: t for name, t in tensors.items() if ".experts." not in name}
+    for place in dict.fromkeys(name.partition(".experts.")[0] + ".experts" for name in tensors.keys() - done.keys()):
+        gate, up, down = (
+            torch.stack([tensors[f"{place}.{e}.{p}.weight"] for e in range(EXPERTS)])
+            for p in ("gate_proj", "up_proj", "down_proj")
+        )
+        done |= {f"{place}.gate_up_proj": torch.cat([gate, up], dim=1), f"{place}.down_proj": down}
+    return done
+
+
 def _raw(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
+def of_model(model: Model, form: str, rng: np.random.Generator) -> tuple[dict[str, torch.Tensor], ...]:
+    """(tensors, float32 twins)."""
+    first, twin = {}, {}
+    for name, shape in model.plain.items():
+        first[name] = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).bfloat16()
+        twin[name] = first[name].float()
+    for module, (rows, columns) in model.matrices.items():
+        weight, scale, exact = quantized(rng, form, rows, columns)
+        if module in model.flat:  # a parameter, as DBRX's: its scale is beside it
+            first |= {module: weight, f"{module}_weight_scale": scale}
+            twin[module] = exact
+        else:
+            first |= {f"{module}.weight": weight, f"{module}.{SCALES[form]}": scale}
+            twin[f"{module}.weight"] = exact
+    return first, twin
+
+
+def _save(directory: Path, contents: Sequence[dict[str, torch.Tensor]], config: dict[str, Any]) -> tuple[Path, Path]:
+    paths = directory / "fp8", directory / "twin"
+    for path, tensors in zip(paths, contents, strict=True):
+        path.mkdir(parents=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config))
+    return paths
+
+
 def write(directory: Path, name: str, form: str, *, stack: bool = False, seed: int = 0) -> tuple[Path, Path]:
     """Write a checkpoint and its float32 twin (Llama 4's: experts stacked). Returns their directories."""
-    rng, family = np.random.default_rng(seed), FAMILIES[name]
+    rng = np.random.default_rng(seed)
+    if name in MODELS:
+        model = MODELS[name]()
+        if form == "block":
+            model.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        first, twin = of_model(model, form, rng)
+        return _save(directory, (first, out_first(twin) if name == "qwen3_5_moe" else twin), model.config)
+    name = name.removesuffix("_contrib")
+    family = FAMILIES[name]
     first = plain(family, rng)
     twin = {name: t.float() for name, t in first.items()}
     for module, rows, columns in matrices(family):
@@ -182,9 +229,4 @@ def write(directory: Path, name: str, form: str, *, stack: bool = False, seed: i
     if name == "llama4":
         twin = stacked(twin, family)
         config = {"model_type": name, "text_config": config, "pad_token_id": 0, "vocab_size": VOCAB}
-    paths = directory / "fp8", directory / "twin"
-    for path, tensors in zip(paths, (stacked(first, family) if stack else first, twin), strict=True):
-        path.mkdir(parents=True)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors")
-        (path / "config.json").write_text(json.dumps(config))
-    return paths
+    return _save(directory, (stacked(first, family) if stack else first, twin), config)

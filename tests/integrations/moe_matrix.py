@@ -1,6 +1,6 @@
 """Prints the table of docs/models.md, from a run of the real NxD Inference on a CPU.
 
-    NXD_SRC=... NXDI_SRC=... python -W ignore -m tests.integrations.moe_matrix [TP]
+    NXD_SRC=... NXDI_SRC=... python -W ignore -m tests.integrations.moe_matrix [TP [FAMILY ...]]
 
 Each cell is a checkpoint that is made, loaded under the flag, sharded, and held row by row against its float32 twin.
 """
@@ -8,6 +8,7 @@ Each cell is a checkpoint that is made, loaded under the flag, sharded, and held
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 
 from neuron_fp8_loader import Fp8LoaderError
 from tests.integrations.real_moe import MX_BLOCKS, TYPES, checkpoint, shards, twin, worst
@@ -25,6 +26,17 @@ ROWS = [
     ("llama4", "block", False),
     ("llama4", "channel", True),
     ("llama4", "block", True),
+    ("dbrx", "tensor", False),
+    ("dbrx", "channel", False),
+    ("deepseek_v3", "channel", False),
+    ("deepseek_v3", "tensor", False),
+    ("deepseek_v3", "block", False),
+    ("glm_moe_dsa", "channel", False),
+    ("glm_moe_dsa", "block", False),
+    ("qwen3_5_moe", "channel", False),
+    ("qwen3_5_moe", "block", False),
+    ("mixtral_contrib", "channel", False),
+    ("mixtral_contrib", "block", False),
 ]
 FORMS = {"channel": "a row", "tensor": "a matrix", "block": "128x128", "mx": "MX 1x32"}
 
@@ -38,14 +50,15 @@ def cell(family: str, form: str, stack: bool, kind: str, tp: int) -> str:
     except Fp8LoaderError:
         return "refused"
     found = worst(ranks, twin(family, plain, tp))
-    experts = min(v for n, v in found.items() if ".expert_mlps." in n)
-    return f"{experts:.0f} / {min(v for n, v in found.items() if '.expert_mlps.' not in n):.0f}"
+    experts = [v for n, v in found.items() if ".expert_mlps." in n]
+    others = [v for n, v in found.items() if ".expert_mlps." not in n]
+    return f"{min(experts):.0f} / {f'{min(others):.0f}' if others else 'bf16'}"
 
 
-def main(tp: int) -> None:
+def main(tp: int, families: Collection[str]) -> None:
     print(f"| family | experts on disk | a scale for | {' | '.join(TYPES)} |")
     print("|---" * (3 + len(TYPES)) + "|")
-    for family, form, stack in ROWS:
+    for family, form, stack in (row for row in ROWS if not families or row[0] in families):
         cells = [cell(family, form, stack, kind, tp) for kind in TYPES]
         print(
             f"| {family} | {'stacked' if stack else 'one by one'} | {FORMS[form]} | {' | '.join(cells)} |", flush=True
@@ -53,4 +66,4 @@ def main(tp: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2, sys.argv[2:])

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.tools.settings import settings_for
-from tests.integrations import moe_checkpoints
+from tests.integrations import contributed, moe_checkpoints
+from tests.integrations.contributed import application
 from tests.integrations.real_cases import FP8
 from tests.support import e4m3fn, ieee_e4m3, shared, sqnr
 
@@ -58,8 +59,10 @@ def llama4() -> type:
 def shards(family: str, path: Path, tp: int, **given: Any) -> Ranks:
     import families
 
-    cls = llama4() if family == "llama4" else None
+    cls = llama4() if family == "llama4" else application(family) if family in contributed.MODELS else None
     given = {"fp8_rescale": True, **given}
+    if family in contributed.MODELS:
+        given["config_kwargs"] = json.loads((path / "config.json").read_text())
     ranks: Ranks = families.shards(family, path, tp, cls=cls, **given)
     return ranks
 

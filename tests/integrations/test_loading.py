@@ -321,11 +321,12 @@ def test_modules_listed_come_as_weight_times_scale(enabled: Standin, tmp_path: P
 
 def test_scales_that_a_conversion_leaves_behind_are_an_error(enabled: Standin, tmp_path: Path) -> None:
     class App(enabled.application.NeuronApplicationBase):  # type: ignore[name-defined,misc]
-        """Renames a weight, as Qwen3-MoE does with its experts, and not its scale."""
+        """Transposes a weight, as Llama 4 does with its shared experts, under another name."""
 
         @staticmethod
         def convert_hf_to_neuron_state_dict(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
-            state_dict["layers.0.mlp.fused.weight"] = state_dict.pop("layers.0.mlp.gate_proj.weight")
+            weight = state_dict.pop("layers.0.mlp.gate_proj.weight")
+            state_dict["layers.0.mlp.fused.weight"] = weight.T.contiguous()
             return state_dict
 
     app = app_for(enabled, write(tmp_path, state_dict()))

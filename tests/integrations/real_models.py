@@ -1,0 +1,200 @@
+"""DBRX and contributed models on the real NxD Inference: every rank, expert and row, read as a device does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuron_fp8_loader import OptionError, WeightError
+from neuron_fp8_loader.tools.settings import settings_for
+from tests.integrations.real_cases import FP8
+from tests.integrations.real_moe import HALVED, REQUANTIZED, TYPES, Ranks, checkpoint, shards, twin, worst
+
+_LINEAR = {f"linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_z", "out_proj")}
+_FULL = {"self_attn.output_gate_proj", "self_attn.o_proj.o_proj", *(f"self_attn.qkv_proj.{n}_proj" for n in "qkv")}
+_LATENT = {f"self_attn.{n}" for n in ("q_b_proj", "o_proj")}
+_SHARED = {f"mlp.shared_{n}_proj" for n in ("gate", "up", "down")}
+
+
+def fused(block: str) -> set[str]:
+    return {f"{block}.expert_mlps.mlp_op.{n}" for n in ("gate_up_proj", "down_proj")}
+
+
+FP8_OF: dict[str, list[set[str]]] = {  # the modules of each layer that come as FP8
+    "dbrx": [{"self_attn.qkv_proj.Wqkv", "self_attn.o_proj.o_proj"} | fused("ffn")] * 2,
+    "deepseek_v3": [
+        _LATENT | {f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+        _LATENT | fused("mlp") | {f"mlp.shared_experts.{n}_proj" for n in ("gate", "up", "down")},
+    ],
+    "glm_moe_dsa": [set(), fused("feed_forward.moe")],
+    "qwen3_5_moe": [_LINEAR | _SHARED | fused("mlp.moe"), _FULL | _SHARED | fused("mlp.moe")] * 2,
+    "mixtral_contrib": [
+        {"self_attn.o_proj.o_proj", *(f"self_attn.qkv_proj.{n}_proj" for n in "qkv")} | fused("mlp"),
+    ]
+    * 2,
+}
+
+
+def check(family: str, ranks: Ranks, twins: Ranks, *, experts: float, others: float) -> None:
+    """The least dB that every FP8 row must reach; what is not FP8 is the twin's, rounded to bfloat16."""
+    found = worst(ranks, twins)
+    expected = {f"layers.{n}.{name}.weight" for n, names in enumerate(FP8_OF[family]) for name in names}
+    assert set(found) == expected
+    for name, least in found.items():
+        assert least > (experts if ".expert_mlps." in name else others), (name, least)
+    for rank, other in zip(ranks, twins, strict=True):
+        for name, tensor in other.items():
+            if rank[name].dtype != FP8:
+                assert torch.equal(rank[name], tensor.to(rank[name].dtype)), name
+
+
+ROWS = [
+    ("dbrx", "tensor", "expert_wise", 1),
+    ("dbrx", "tensor", "expert_wise", 4),
+    ("dbrx", "tensor", "blockwise", 2),
+    ("dbrx", "tensor", "per_channel", 2),
+    ("deepseek_v3", "block", "expert_wise", 2),
+    ("deepseek_v3", "block", "blockwise", 4),
+    ("deepseek_v3", "channel", "expert_wise", 1),
+    ("deepseek_v3", "tensor", "blockwise", 2),
+    ("glm_moe_dsa", "block", "expert_wise", 4),
+    ("glm_moe_dsa", "block", "blockwise", 2),
+    ("glm_moe_dsa", "channel", "expert_wise", 1),
+    ("qwen3_5_moe", "block", "expert_wise", 2),
+    ("qwen3_5_moe", "block", "blockwise", 4),
+    ("qwen3_5_moe", "channel", "expert_wise", 1),
+    ("mixtral_contrib", "channel", "expert_wise", 2),
+    ("mixtral_contrib", "block", "blockwise", 1),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "kind", "tp"), ROWS)
+def test_every_row(family: str, form: str, kind: str, tp: int) -> None:
+    fp8, plain = checkpoint(family, form)
+    ranks = shards(family, fp8, tp, **TYPES[kind])
+    exact = form != "block"
+    experts = HALVED if exact or kind == "blockwise" else REQUANTIZED
+    check(family, ranks, twin(family, plain, tp), experts=experts, others=HALVED if exact else REQUANTIZED)
+
+
+@pytest.mark.parametrize("family", sorted(FP8_OF))
+def test_the_comparison_sees_one_scale_in_the_place_of_another(family: str) -> None:
+    fp8, plain = checkpoint(family, "tensor" if family == "dbrx" else "block")
+    ranks, twins = shards(family, fp8, 2, **TYPES["blockwise"]), twin(family, plain, 2)
+    name = next(n for n in ranks[1] if n.endswith("gate_up_proj.scale"))
+    old = ranks[1][name]
+    # DBRX's experts have the same scale, its gate and up have not
+    ranks[1][name] = old.flip(-1) if family == "dbrx" else old[[1, 0, 2, 3]]
+    with pytest.raises(AssertionError, match=re.escape(name.removesuffix("scale"))):
+        check(family, ranks, twins, experts=HALVED, others=REQUANTIZED)
+
+
+def test_qwen3_5_with_its_attention_fused() -> None:
+    fp8, plain = checkpoint("qwen3_5_moe", "block")
+    more = {"fused_qkv": True}
+    ranks = shards("qwen3_5_moe", fp8, 2, **TYPES["expert_wise"], **more)
+    off = {"quantized": False, "torch_dtype": "float32", "fp8_rescale": False}
+    found = worst(ranks, shards("qwen3_5_moe", plain, 2, **off, **more))
+    assert "layers.1.self_attn.qkv_proj.Wqkv.weight" in found
+    assert min(found.values()) > REQUANTIZED
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm_moe_dsa", "dbrx"])
+def test_experts_as_bfloat16(family: str) -> None:
+    """The list names paths that hang on the model: ``mlp.moe``, ``layers`` for ``blocks``. GLM's own list leaves its
+    experts out, so the error says what to write."""
+    fp8, plain = checkpoint(family, "tensor" if family == "dbrx" else "block")
+    given = {"fp8_rescale": {"dequantize": ["*.experts.*"]}, **TYPES["expert_wise"]}
+    if family == "glm_moe_dsa":
+        with pytest.raises(OptionError, match=r"feed_forward\.moe\.expert_mlps"):
+            shards(family, fp8, 2, **given)
+        given["modules_to_not_convert"] = ["lm_head", "self_attn", "shared_expert", "layers.0.mlp", "layers.1.mlp"]
+    ranks = shards(family, fp8, 2, **given)
+    for rank, other in zip(ranks, twin(family, plain, 2), strict=True):
+        names = [n for n in other if ".mlp_op." in n]
+        assert names
+        for name in names:
+            assert torch.equal(rank[name], other[name].bfloat16())
+            assert name.replace("weight", "scale") not in rank
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa"])
+def test_a_model_that_dequantizes_by_itself(family: str) -> None:
+    """DeepSeek with quantized=False, as bfloat16; GLM, which quantizes anew with one scale for all experts."""
+    fp8, plain = checkpoint(family, "block")
+    if family == "deepseek_v3":
+        ranks = shards(family, fp8, 2, quantized=False)
+        for rank, other in zip(ranks, twin(family, plain, 2), strict=True):
+            for name, tensor in other.items():
+                assert rank[name].dtype == tensor.dtype or rank[name].dtype == torch.bfloat16
+                assert torch.allclose(rank[name].float(), tensor.float(), rtol=2**-7, atol=1e-6), name
+        return
+    ranks, twins = shards(family, fp8, 2, **TYPES["per_tensor"]), twin(family, plain, 2)
+    assert ranks[0]["layers.1.feed_forward.moe.expert_mlps.mlp_op.down_proj.scale"].shape == (1, 1, 1)
+    assert min(worst(ranks, twins).values()) > 20
+
+
+def test_scales_of_dbrx_one_an_expert(tmp_path: Path) -> None:
+    fp8, plain = checkpoint("dbrx", "tensor")
+    tensors, twins = load_file(fp8 / "model.safetensors"), load_file(plain / "model.safetensors")
+    factors = torch.tensor([1.0, 2.0, 0.25, 8.0])
+    for name in [n for n in tensors if ".experts.mlp." in n and n.endswith("_weight_scale")]:
+        weight = name.removesuffix("_weight_scale")
+        tensors[name] = tensors[name] * factors
+        twins[weight] = (twins[weight].view(4, -1) * factors[:, None]).view_as(twins[weight])
+    for path, what, config in (("fp8", tensors, fp8), ("twin", twins, plain)):
+        (tmp_path / path).mkdir()
+        save_file(what, tmp_path / path / "model.safetensors")
+        (tmp_path / path / "config.json").write_text((config / "config.json").read_text())
+    for kind in ("expert_wise", "blockwise"):
+        ranks = shards("dbrx", tmp_path / "fp8", 2, **TYPES[kind])
+        check("dbrx", ranks, twin("dbrx", tmp_path / "twin", 2), experts=HALVED, others=HALVED)
+
+
+REFUSED: list[tuple[str, str, dict[str, Any], type[Exception], str]] = [
+    ("dbrx", "channel", TYPES["expert_wise"], OptionError, r"w2 has one scale per 256 rows.*dequantize"),
+    ("dbrx", "tensor", TYPES["per_tensor"], OptionError, r"2 different scales.*expert_wise_per_channel_symmetric"),
+    ("dbrx", "tensor", {"quantized": False}, WeightError, "quantized=True.*dequantize"),
+    ("qwen3_5_moe", "block", {"quantized": False}, WeightError, "quantized=True.*dequantize"),
+    ("qwen3_5_moe", "channel", TYPES["blockwise"], OptionError, "expert_wise_per_channel_symmetric"),
+    ("deepseek_v3", "channel", TYPES["blockwise"], OptionError, "expert_wise_per_channel_symmetric"),
+    (
+        "deepseek_v3",
+        "block",
+        {**TYPES["expert_wise"], "modules_to_not_convert": ["lm_head"]},
+        OptionError,
+        "kv_b_proj",
+    ),
+    ("qwen3_5_moe", "block", {**TYPES["expert_wise"], "modules_to_not_convert": ["lm_head"]}, OptionError, "A_log"),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "given", "kind", "text"), REFUSED)
+def test_refused_in_words(family: str, form: str, given: dict[str, Any], kind: type[Exception], text: str) -> None:
+    fp8, _ = checkpoint(family, form)
+    with pytest.raises(kind) as error:
+        shards(family, fp8, 1, **given)
+    assert re.search(text, str(error.value), re.DOTALL), str(error.value)
+
+
+@pytest.mark.parametrize("family", sorted(FP8_OF.keys() - {"mixtral_contrib"}))
+def test_what_config_prints_loads(family: str) -> None:
+    fp8, plain = checkpoint(family, "tensor" if family == "dbrx" else "block")
+    given = dict(settings_for(fp8, tp_degree=2).neuron_config)
+    del given["tp_degree"]
+    check(family, shards(family, fp8, 2, **given), twin(family, plain, 2), experts=REQUANTIZED, others=REQUANTIZED)
+
+
+def test_latent_attention_keeps_the_weight_that_it_multiplies_by() -> None:
+    """``kv_b_proj`` is used without its layer: FP8 codes there would never meet their scales."""
+    fp8, plain = checkpoint("deepseek_v3", "block")
+    rank = shards("deepseek_v3", fp8, 1, **TYPES["expert_wise"])[0]
+    exact = load_file(plain / "model.safetensors")["model.layers.1.self_attn.kv_b_proj.weight"]
+    assert torch.equal(rank["layers.1.self_attn.kv_b_proj.weight"], exact.bfloat16())
+    assert np.isfinite(exact.numpy()).all()

@@ -1,0 +1,128 @@
+"""Families of models that take experts in a form of their own, on the stand-in of NxD Inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_fp8_loader import OptionError, WeightError
+from tests.integrations.checkpoints import write
+from tests.integrations.conftest import Standin
+from tests.integrations.moe_checkpoints import quantized
+from tests.integrations.test_experts import BLOCKWISE, EXPERT_WISE, EXPERTS, HIDDEN, INTER, LAYERS, checkpoint, pairs
+from tests.integrations.test_loading import config_for
+from tests.support import sqnr
+
+Tensors = dict[str, torch.Tensor]
+FLAT = ("w1", "v1", "w2")
+
+
+def load(nxdi: Standin, family: str, path: str, convert: Callable[..., Tensors], **given: Any) -> Tensors:
+    base = nxdi.application.NeuronApplicationBase
+    body = {"convert_hf_to_neuron_state_dict": staticmethod(convert), "__module__": f"contrib.modeling_{family}"}
+    config = config_for(nxdi, path, **given)
+    config.ffn_config = SimpleNamespace(moe_num_experts=EXPERTS)
+    loaded: Tensors = type("App", (base,), body)(path, config).checkpoint_loader_fn()
+    return loaded
+
+
+def sees_no_experts(state_dict: Tensors, config: Any) -> Tensors:
+    """A conversion that would quantize experts anew, if it found them."""
+    assert not [name for name in state_dict if ".experts." in name]
+    return {name: t for name, t in state_dict.items() if not name.startswith(f"layers.{LAYERS}.")}
+
+
+@pytest.mark.parametrize(("family", "place"), [("glm5", "feed_forward.moe"), ("qwen35", "mlp.moe")])
+@pytest.mark.parametrize("given", [EXPERT_WISE, BLOCKWISE])
+def test_experts_are_put_around_a_conversion(
+    enabled: Standin, tmp_path: Path, family: str, place: str, given: dict[str, Any]
+) -> None:
+    tensors, exact = checkpoint("block")
+    one_more = {n.replace("layers.0.", f"layers.{LAYERS}."): t.clone() for n, t in tensors.items() if "layers.0." in n}
+    loaded = load(enabled, family, write(tmp_path, tensors | one_more), sees_no_experts, **given)
+    least = 50 if given is BLOCKWISE else 25
+    for name, want, got in pairs(loaded, exact, place=place):
+        assert all(sqnr(w, g) > least for w, g in zip(want, got, strict=True)), name
+    # a layer that the model does not have, such as one that predicts more tokens, is dropped
+    assert not [name for name in loaded if name.startswith(f"layers.{LAYERS}.")]
+
+
+def test_experts_as_bfloat16_are_put_around_it_too(enabled: Standin, tmp_path: Path) -> None:
+    tensors, exact = checkpoint("block")
+    loaded = load(
+        enabled, "qwen35", write(tmp_path, tensors), sees_no_experts, fp8_rescale={"dequantize": ["*.experts.*"]}
+    )
+    down = loaded["layers.1.mlp.moe.expert_mlps.mlp_op.down_proj.weight"]
+    for expert in range(EXPERTS):
+        assert torch.equal(down[expert].T, exact[f"layers.1.mlp.experts.{expert}.down_proj"].bfloat16())
+    assert "layers.1.mlp.moe.expert_mlps.mlp_op.down_proj.scale" not in loaded
+
+
+def flat(covers: str, end: str = "") -> tuple[Tensors, dict[str, np.ndarray]]:
+    """DBRX: (tensors, float64 [experts, in, out] of w1, v1, w2), scales of a matrix, an expert or a row."""
+    rng, tensors, exact = np.random.default_rng(1), {}, {}
+    for layer in range(LAYERS):
+        for name in FLAT:
+            place = f"transformer.blocks.{layer}.ffn.experts.mlp.{name}"
+            weight, scale, value = quantized(rng, "channel" if covers == "row" else "tensor", EXPERTS * INTER, HIDDEN)
+            factors = torch.tensor([1.0, 4.0, 0.125]) if covers == "expert" else torch.ones(1)
+            tensors |= {
+                f"{place}{end}": weight,
+                f"{place}_weight_scale": scale if covers == "row" else scale * factors,
+            }
+            whole = value.view(EXPERTS, INTER, HIDDEN).double()
+            whole = whole if covers == "row" else whole * factors.double().reshape(-1, 1, 1)
+            exact[f"{layer}.{name}"] = (whole if name == "w2" else whole.transpose(1, 2)).numpy()
+    return tensors, exact
+
+
+def as_dbrx(state_dict: Tensors, config: Any) -> Tensors:
+    done = {}
+    for layer in range(LAYERS):
+        w1, v1, w2 = (
+            state_dict[f"transformer.blocks.{layer}.ffn.experts.mlp.{n}"].view(EXPERTS, INTER, HIDDEN) for n in FLAT
+        )
+        place = f"layers.{layer}.ffn.expert_mlps.mlp_op"
+        both = torch.cat([w1.view(torch.uint8), v1.view(torch.uint8)], dim=1).transpose(1, 2)
+        done[f"{place}.gate_up_proj.weight"] = both.view(torch.float8_e4m3fn)
+        done[f"{place}.down_proj.weight"] = w2
+    return done
+
+
+@pytest.mark.parametrize("covers", ["matrix", "expert"])
+@pytest.mark.parametrize("end", ["", "_weight"])
+@pytest.mark.parametrize("given", [EXPERT_WISE, BLOCKWISE])
+def test_experts_one_below_another(
+    enabled: Standin, tmp_path: Path, covers: str, end: str, given: dict[str, Any]
+) -> None:
+    from tests.integrations.test_experts import dequantized
+
+    tensors, exact = flat(covers, end)
+    loaded = load(enabled, "dbrx", write(tmp_path, tensors), as_dbrx, **given)
+    for layer in range(LAYERS):
+        place = f"layers.{layer}.ffn.expert_mlps.mlp_op"
+        gate_up, down = (dequantized(loaded, f"{place}.{n}") for n in ("gate_up_proj", "down_proj"))
+        found = dict(zip(FLAT, (gate_up[..., :INTER], gate_up[..., INTER:], down), strict=True))
+        for name, got in found.items():
+            for expert in range(EXPERTS):
+                assert sqnr(exact[f"{layer}.{name}"][expert], got[expert]) > 50, (name, expert)
+
+
+def test_scales_along_the_input_are_refused(enabled: Standin, tmp_path: Path) -> None:
+    """A row of w2 is an input of its expert."""
+    tensors, _ = flat("row")
+    with pytest.raises(OptionError, match=rf"w2 has one scale per {HIDDEN} rows and 1 columns.*dequantize"):
+        load(enabled, "dbrx", write(tmp_path, tensors), as_dbrx, **EXPERT_WISE)
+
+
+def test_as_many_experts_as_the_config_says(enabled: Standin, tmp_path: Path) -> None:
+    tensors, _ = flat("matrix")
+    tensors["transformer.blocks.0.ffn.experts.mlp.w1"] = tensors["transformer.blocks.0.ffn.experts.mlp.w1"][:-1]
+    with pytest.raises(WeightError, match=rf"mlp\.w1 \[383, {HIDDEN}\].*rows of {EXPERTS} experts"):
+        load(enabled, "dbrx", write(tmp_path, tensors), as_dbrx, **EXPERT_WISE)

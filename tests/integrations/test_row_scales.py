@@ -1,0 +1,170 @@
+"""An output row of attention or of an MLP keeps its scale, whatever a model's conversion does with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_fp8_loader import WeightError
+from neuron_fp8_loader.integrations.row_scales import Rows
+from tests.support import e4m3fn, random_codes
+
+FP8 = torch.float8_e4m3fn
+WIDE = 64
+SIZES = {"q_proj": 32, "k_proj": 16, "v_proj": 16}
+AT = "layers.1.self_attn"
+Tensors = dict[str, torch.Tensor]
+
+
+def given(*, one: bool = False) -> Tensors:
+    """Projections of two layers, under the names that a conversion gets."""
+    rng, tensors = np.random.default_rng(0), {}
+    for layer in range(2):
+        for n, (name, rows) in enumerate(SIZES.items()):
+            module = f"layers.{layer}.self_attn.{name}"
+            tensors[f"{module}.weight"] = random_codes((rows, WIDE), 10 * layer + n, top=0x77)
+            shape = (1,) if one else (rows, 1)
+            tensors[f"{module}.scale"] = torch.from_numpy(rng.uniform(1e-4, 1, shape).astype(np.float32))
+    return tensors
+
+
+def value(tensors: Tensors, module: str) -> np.ndarray:
+    scale = tensors[f"{module}.scale"].double().numpy().reshape(-1, 1)
+    return e4m3fn(tensors[f"{module}.weight"]) * scale
+
+
+def converted(tensors: Tensors, convert: Callable[[Tensors], None]) -> Tensors:
+    rows, result = Rows.of(tensors), dict(tensors)
+    convert(result)
+    rows.attach(result, "ckpt")
+    return result
+
+
+def without_scales(tensors: Tensors) -> None:
+    """What conversions that know nothing of scales leave: some drop them, some carry them along."""
+    for name in SIZES:
+        del tensors[f"{AT}.{name}.scale"]
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_fused(left: bool) -> None:
+    tensors = given()
+
+    def fuse(state: Tensors) -> None:
+        parts = [raw(state.pop(f"{AT}.{name}.weight")) for name in SIZES]
+        state[f"{AT}.Wqkv.weight"] = torch.cat(parts).view(FP8)
+        if not left:
+            without_scales(state)
+
+    result = converted(tensors, fuse)
+    want = np.concatenate([value(tensors, f"{AT}.{name}") for name in SIZES])
+    assert np.array_equal(value(result, f"{AT}.Wqkv"), want)
+    assert result[f"{AT}.Wqkv.scale"].shape == (64, 1)
+    assert not [name for name in result if name.startswith(AT) and "Wqkv" not in name]
+    assert torch.equal(result["layers.0.self_attn.q_proj.scale"], tensors["layers.0.self_attn.q_proj.scale"])
+
+
+def test_cut_in_two_interleaved_and_padded() -> None:
+    tensors = given()
+
+    def cut(state: Tensors) -> None:
+        heads = raw(state.pop(f"{AT}.q_proj.weight")).view(4, 2, 4, WIDE)
+        state[f"{AT}.query.weight"] = torch.nn.functional.pad(heads[:, 0].reshape(16, WIDE), (0, 0, 0, 8)).view(FP8)
+        state[f"{AT}.gate.weight"] = heads[:, 1].reshape(16, WIDE).view(FP8)
+
+    result = converted(tensors, cut)
+    heads = value(tensors, f"{AT}.q_proj").reshape(4, 2, 4, WIDE)
+    assert np.array_equal(value(result, f"{AT}.query")[:16], heads[:, 0].reshape(16, WIDE))
+    assert not value(result, f"{AT}.query")[16:].any()
+    assert np.array_equal(value(result, f"{AT}.gate"), heads[:, 1].reshape(16, WIDE))
+    assert f"{AT}.q_proj.scale" not in result
+
+
+def test_scales_that_a_conversion_moved_by_itself_stay() -> None:
+    tensors = given()
+
+    def rename(state: Tensors) -> None:
+        state[f"{AT}.query.weight"] = state.pop(f"{AT}.q_proj.weight")
+        state[f"{AT}.query.scale"] = state.pop(f"{AT}.q_proj.scale") + 1
+
+    assert torch.equal(converted(tensors, rename)[f"{AT}.query.scale"], tensors[f"{AT}.q_proj.scale"] + 1)
+
+
+def test_one_scale_a_weight() -> None:
+    tensors = given(one=True)
+
+    def rename(state: Tensors) -> None:
+        state[f"{AT}.query.weight"] = state.pop(f"{AT}.q_proj.weight")
+
+    result = converted(tensors, rename)
+    assert torch.equal(result[f"{AT}.query.scale"], tensors[f"{AT}.q_proj.scale"])
+    assert result[f"{AT}.query.scale"].shape == (1,)
+
+
+def _fuse(state: Tensors) -> None:
+    parts = [raw(state.pop(f"{AT}.{name}.weight")) for name in SIZES]
+    state[f"{AT}.Wqkv.weight"] = torch.cat(parts).view(FP8)
+
+
+def _add(state: Tensors) -> None:
+    _fuse(state)
+    more = torch.cat([raw(state[f"{AT}.Wqkv.weight"]), torch.full((1, WIDE), 7, dtype=torch.uint8)])
+    state[f"{AT}.Wqkv.weight"] = more.view(FP8)
+
+
+def _in_place(state: Tensors) -> None:
+    whole = raw(state[f"{AT}.q_proj.weight"])
+    whole.copy_(whole.flip(0))
+    _fuse(state)
+
+
+def _of_another_layer(state: Tensors) -> None:
+    other = raw(state["layers.0.self_attn.q_proj.weight"])
+    state[f"{AT}.Wqkv.weight"] = torch.cat([raw(state.pop(f"{AT}.q_proj.weight")), other]).view(FP8)
+
+
+@pytest.mark.parametrize(
+    ("convert", "one", "text"),
+    [
+        (_add, False, r"Wqkv\.weight \[65, 64\]: row 64 is of no weight"),
+        (_in_place, False, r"wrote into layers\.1\.self_attn\.q_proj"),
+        (_of_another_layer, False, "row 32 is of no weight"),
+        (_fuse, True, "3 scales.*per_channel_symmetric"),
+    ],
+)
+def test_refused_in_words(convert: Callable[[Tensors], None], one: bool, text: str) -> None:
+    with pytest.raises(WeightError, match=text) as error:
+        converted(given(one=one), convert)
+    assert "ckpt" in str(error.value)
+    assert "dequantize" in str(error.value)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_same_row_in_two_weights(equal: bool) -> None:
+    tensors = given()
+    raw(tensors[f"{AT}.k_proj.weight"])[5] = raw(tensors[f"{AT}.q_proj.weight"])[2]
+    if equal:
+        tensors[f"{AT}.k_proj.scale"][5] = tensors[f"{AT}.q_proj.scale"][2]
+        assert value(converted(tensors, _fuse), f"{AT}.Wqkv").shape == (64, WIDE)
+        return
+    with pytest.raises(WeightError, match="row 2 is in two weights"):
+        converted(tensors, _fuse)
+
+
+def test_weights_that_are_not_known_are_left() -> None:
+    tensors: dict[str, Any] = given()
+
+    def transpose(state: Tensors) -> None:
+        state[f"{AT}.query.weight"] = state.pop(f"{AT}.q_proj.weight").T.contiguous()
+
+    result = converted(tensors, transpose)
+    assert f"{AT}.query.scale" not in result
+    assert f"{AT}.q_proj.scale" in result  # for check_complete, which names both
