@@ -45,7 +45,8 @@ def main() -> None:
     CKPT is a directory, a .safetensors or .bin file, or an index file. Nothing here needs a Neuron package, a device
     or a network; CKPT is only read.
 
-    Exit codes: 0 fine, 1 a finding, 2 wrong use or broken input, 130 interrupted.
+    Exit codes: 0 fine, 1 a finding (inspect, config: what stops a load; verify: a wrong value, or no FP8 weight to
+    check; doctor: what will not work), 2 wrong use or broken input, 130 interrupted.
 
     \b
     Example:

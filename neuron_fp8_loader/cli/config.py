@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json
+from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json, stack_option
 
 if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
@@ -30,14 +30,7 @@ _MODULES_FILE = "modules_to_not_convert.json"
 
 @click.command(cls=Command)
 @checkpoint_argument
-@click.option(
-    "--for",
-    "stack",
-    type=click.Choice(["nxd", "vllm-neuron"]),
-    default="nxd",
-    show_default=True,
-    help="NxD Inference (by itself, or below vLLM), or the vLLM Neuron plugin without it.",
-)
+@stack_option
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @choice("method")
 @click.option(

@@ -140,7 +140,7 @@ def plugin_settings_for(
     checkpoint = open_checkpoint(path)
     plan = plan_for(checkpoint)
     directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
-    config = _config(directory)
+    config = config_in(directory)
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     platform = target()
@@ -239,11 +239,11 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _model_type(directory: Path) -> str | None:
-    found = _config(directory).get("model_type")
+    found = config_in(directory).get("model_type")
     return found if isinstance(found, str) else None
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def config_in(directory: Path) -> dict[str, Any]:
     """config.json; empty where there is none that can be read."""
     try:
         found = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 import neuron_fp8_loader
 from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.integrations.loading import READERS
+from neuron_fp8_loader.tools.export import prepare_export
+from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.checkpoints import same_for_the_device
 from tests.support import ROOT, SHARED, TINY, ieee_e4m3
 
@@ -442,3 +444,18 @@ def test_nxd_inference_example(tmp_path: Path) -> None:
     app = importlib.import_module("nxd_inference").build(str(tmp_path), on_cpu=True)
     assert app.neuron_config.modules_to_not_convert == ["lm_head"]
     assert same_for_the_device(app.checkpoint_loader_fn(), original, exact=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf_fp8_block", "ct_fp8_dynamic", "modelopt_fp8", "torchao_fp8_wo", "derived_split_shards"]
+)
+def test_a_copy_needs_neither_flag_nor_hook(tmp_path: Path, name: str) -> None:
+    """``export --for nxd``: bit for bit the logits that the original gives under the flag."""
+    path, out = SHARED / name, tmp_path / "out"
+    wanted = logits(path, ieee=True, **settings_for(path).neuron_config)
+    prepare_export(path, out, stack="nxd").run()
+    keywords = settings_for(out).neuron_config
+    del keywords["fp8_rescale"]
+    neuron_fp8_loader.disable()
+    assert torch.equal(logits(out, ieee=True, **keywords), wanted)
+    assert bool(wanted.isfinite().all())
