@@ -85,12 +85,23 @@ def one_line(text: str) -> str:
     return line + (f" (and {left_out} more)" if left_out else "")
 
 
-_OPTION = re.compile(rf"(?<![\w.-])({'|'.join((*CHOICES, 'dequantize'))})=([\"'])(.*?)\2")
+_NAMES = {name: f"--{name.replace('_', '-')}" for name in (*CHOICES, "dequantize", "threads")} | {"tp_degree": "--tp"}
+_OPTION = re.compile(
+    rf"(?<![\w.\"'-])({'|'.join(_NAMES)})=(?:([\"'])(?P<word>.*?)\2|(?P<number>\d+)|\[(?P<list>[^\[\]]*)\])"
+)
 
 
 def as_given(text: str) -> str:
     """An error's text with options as the command line has them: ``--nan keep`` for ``nan="keep"``."""
-    return _OPTION.sub(lambda m: f"--{m[1].replace('_', '-')} {shlex.quote(m[3])}", text)
+
+    def given(found: re.Match[str]) -> str:
+        flag = _NAMES[found[1]]
+        if found["list"] is None:
+            return f"{flag} {shlex.quote(found['word'] if found['word'] is not None else found['number'])}"
+        words = re.findall(r"([\"'])(.*?)\1", found["list"])
+        return " ".join(f"{flag} {shlex.quote(word)}" for _, word in words) or found[0]
+
+    return _OPTION.sub(given, text)
 
 
 def checkpoint_argument(function: F) -> F:

@@ -104,6 +104,7 @@ def _plugin(checkpoint: Checkpoint, own: Options, recipe: Recipe, with_layout: b
         "read as bfloat16"
         for name in bare
     ]
+    own = replace(own, unscaled="keep") if bare and own.unscaled == "error" else own  # told already
     options = replace(own, dequantize=("*",)) if plan.pairs else own
     try:
         recipe = recipe_for(checkpoint, options)

@@ -20,6 +20,7 @@ import neuron_fp8_loader
 from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.integrations.loading import READERS
 from neuron_fp8_loader.tools.export import prepare_export
+from neuron_fp8_loader.tools.heads import Heads
 from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.checkpoints import same_for_the_device
 from tests.support import ROOT, SHARED, TINY, ieee_e4m3
@@ -459,3 +460,24 @@ def test_a_copy_needs_neither_flag_nor_hook(tmp_path: Path, name: str) -> None:
     neuron_fp8_loader.disable()
     assert torch.equal(logits(out, ieee=True, **keywords), wanted)
     assert bool(wanted.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("flavour", "heads", "tp"),
+    [("channel", (4, 2), 3), ("channel", (6, 2), 4), ("channel", (4, 2), 8), ("channel", (8, 4), 6),
+     ("tensor", (4, 4), 3), ("tensor", (4, 4), 8), ("tensor", (4, 2), 3), ("block", (4, 4), 3)],
+)  # fmt: skip
+def test_which_degrees_are_sharded(tmp_path: Path, flavour: str, heads: tuple[int, int], tp: int) -> None:
+    path, out = tmp_path / "c", tmp_path / "out"
+    H.make_tiny_checkpoint(path, 0, flavour, layers=1, heads=heads[0], kv_heads=heads[1])
+    config = settings_for(path).neuron_config
+    if not Heads(*heads).is_sharded(tp):
+        with pytest.raises(OptionError, match="neither divide"):
+            settings_for(path, tp_degree=tp)
+        with pytest.raises(RuntimeError):  # what NxD says of it
+            H.shard_on_cpu(H.build_app(path, **config, tp_degree=tp), out)
+        return
+    if Heads(*heads).pads_scales(tp) and flavour == "tensor":
+        with pytest.raises(RuntimeError):
+            H.shard_on_cpu(H.build_app(path, **config, tp_degree=tp), out)
+    H.shard_on_cpu(H.build_app(path, **settings_for(path, tp_degree=tp).neuron_config), out)
