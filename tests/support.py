@@ -34,6 +34,10 @@ REAL = list(_REAL)
 """The real checkpoints at hand: the shared collection, or where that is absent what the repository holds of it."""
 
 
+CONTROLS = ("ct_int8_w8a8", "ct_nvfp4")
+"""Those that hold no FP8 weights."""
+
+
 def shared(name: str) -> Path:
     """A real checkpoint; skips the test where it is not at hand."""
     if name not in _REAL:

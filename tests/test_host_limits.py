@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,36 @@ def test_a_load_does_not_need_stderr(monkeypatch: pytest.MonkeyPatch, kind: str,
             advance(1)
 
 
+def test_the_bar_comes_by_the_clock_and_tells_the_time_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only once something has been read: a slow disk may take long over its first piece."""
+
+    class Terminal(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drawn = threading.Event()
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            if "0/100" in text:
+                self.drawn.set()
+            return super().write(text)
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("neuron_fp8_loader.host.parallel._SHOW_AFTER", 0.01)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress("reading", 100, None) as advance:
+        assert terminal.drawn.wait(60)
+        assert "-:--:--" in terminal.getvalue()
+        advance(100)
+    monkeypatch.setattr("neuron_fp8_loader.host.parallel._SHOW_AFTER", 60)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress("reading", 100, None) as advance:
+        advance(100)
+    assert terminal.getvalue() == ""  # what is done in time needs none
+
+
 def test_an_export_without_stderr_writes_nothing_else_into_its_files(tmp_path: Path) -> None:
     """With descriptor 2 free, the next file opened would get it, and the warnings of C libraries with it."""
     program = (
@@ -170,4 +201,4 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path, arguments: list[str
         save(path, {f"{name}.weight": codes([[0x7E, 1]]), **scale})
         done = CliRunner(charset="latin-1").invoke(main, [*arguments, str(path)])
         assert done.exit_code in (0, 1), done.exception
-        assert b"\\u5c42" in done.stdout_bytes
+        assert b"\\u5c42" in done.stdout_bytes + done.stderr_bytes

@@ -46,7 +46,8 @@ def main() -> None:
     or org/name[@revision], a repository in the cache of the Hugging Face Hub. Nothing here needs a Neuron package or a
     device, nor a network for what is local; CKPT is only read.
 
-    Exit codes: 0 fine, 1 a finding, 2 wrong use or broken input, 130 interrupted.
+    Exit codes: 0 fine, 1 a finding (inspect, config: what stops a load; verify: a wrong value, or no FP8 weight to
+    check; doctor: what will not work), 2 wrong use or broken input, 130 interrupted.
 
     \b
     Example:

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import FINDING, Command, checkpoint_argument, choice, echo, json_option, print_json, shell
+from .console import (
+    FINDING,
+    Command,
+    as_given,
+    checkpoint_argument,
+    choice,
+    echo,
+    json_option,
+    one_line,
+    print_json,
+    shell,
+    stack_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
@@ -30,14 +43,7 @@ _MODULES_FILE = "modules_to_not_convert.json"
 
 @click.command(cls=Command)
 @checkpoint_argument
-@click.option(
-    "--for",
-    "stack",
-    type=click.Choice(["nxd", "vllm-neuron"]),
-    default="nxd",
-    show_default=True,
-    help="NxD Inference (by itself, or below vLLM), or the vLLM Neuron plugin without it.",
-)
+@stack_option
 @click.option("--tp", "tp_degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @click.option("--moe-tp", "moe_tp_degree", type=click.IntRange(min=1), help="Ranks that share each expert.")
 @click.option("--moe-ep", "moe_ep_degree", type=click.IntRange(min=1), help="Groups of ranks, each with its experts.")
@@ -50,6 +56,8 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @click.option(
     "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
 )
+@click.option("--headers-only", is_flag=True, help="Read no weights: at once, and blind to what is wrong in them.")
+@threads_option
 @json_option
 @click.pass_context
 def config(
@@ -62,11 +70,14 @@ def config(
     method: str,
     experts: str | None,
     modules_file: str | None,
+    headers_only: bool,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """What to tell NxD Inference, vLLM and inference_demo about CKPT, made from its headers.
 
-    Exits with 1 if CKPT holds no FP8 weights.
+    The weights are read to see whether the load will go through. Exits with 1, and says why, if it would be refused,
+    as `inspect` says, or if CKPT holds no FP8 weights.
 
     \b
     Example:
@@ -83,6 +94,8 @@ def config(
         for option in (name for name, value in given.items() if value):
             raise click.UsageError(f"{option} is for NxD Inference, which --for vllm-neuron does without")
         plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
+        if plugin.fp8:
+            _refuse(ctx, stack, headers_only, {"method": method, "threads": threads})
         if as_json:
             print_json("config", {"checkpoint": ckpt, "for": stack, **asdict(plugin)})
         else:
@@ -98,6 +111,8 @@ def config(
         moe_tp_degree=moe_tp_degree,
         moe_ep_degree=moe_ep_degree,
     )
+    if settings.fp8:
+        _refuse(ctx, stack, headers_only, {"method": method, "threads": threads}, blocks=experts == "blockwise")
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         target = Path(modules_file)
@@ -122,6 +137,34 @@ def config(
         echo(_text(settings, demo, modules_file))
     if not settings.fp8:
         ctx.exit(FINDING)
+
+
+def _refuse(
+    ctx: click.Context, stack: str, headers_only: bool, given: dict[str, Any], *, blocks: bool = False
+) -> None:
+    """End with the reasons for which ``inspect`` says that the load would be refused, if there are any."""
+    from ..checkpoint import open_checkpoint
+    from ..integrations.modules import experts_of, patterns
+    from ..plan import plan_for
+    from ..tools.scan import scan
+    from ..tools.stacks import aim_for
+
+    checkpoint = open_checkpoint(ctx.params["ckpt"])
+    if blocks:
+        plan = plan_for(checkpoint)
+        given["keep"] = patterns(plan, experts_of(plan))
+    aim = aim_for(checkpoint, stack, given)
+    refusals = aim.refusals
+    if not headers_only:
+        refusals = scan(checkpoint, aim.recipe, aim.options, aim.refusals).refusals
+    if not refusals:
+        return
+    texts = [as_given(text) for text in refusals]
+    if ctx.params["as_json"]:
+        print_json("config", {"checkpoint": ctx.params["ckpt"], "for": stack, "fp8": True, "refusals": texts})
+    for text in texts:
+        click.echo(f"neuron-fp8: a load for {aim.label} would be refused: {one_line(text)}", err=True)
+    ctx.exit(FINDING)
 
 
 def inference_demo_arguments(settings: Settings, modules_file: str) -> list[str]:

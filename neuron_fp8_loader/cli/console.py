@@ -89,12 +89,23 @@ def one_line(text: str) -> str:
     return line + (f" (and {left_out} more)" if left_out else "")
 
 
-_OPTION = re.compile(rf"(?<![\w.-])({'|'.join((*CHOICES, 'dequantize'))})=([\"'])(.*?)\2")
+_NAMES = {name: f"--{name.replace('_', '-')}" for name in (*CHOICES, "dequantize", "threads")} | {"tp_degree": "--tp"}
+_OPTION = re.compile(
+    rf"(?<![\w.\"'-])({'|'.join(_NAMES)})=(?:([\"'])(?P<word>.*?)\2|(?P<number>\d+)|\[(?P<list>[^\[\]]*)\])"
+)
 
 
 def as_given(text: str) -> str:
     """An error's text with options as the command line has them: ``--nan keep`` for ``nan="keep"``."""
-    return _OPTION.sub(lambda m: f"--{m[1].replace('_', '-')} {shlex.quote(m[3])}", text)
+
+    def given(found: re.Match[str]) -> str:
+        flag = _NAMES[found[1]]
+        if found["list"] is None:
+            return f"{flag} {shlex.quote(found['word'] if found['word'] is not None else found['number'])}"
+        words = re.findall(r"([\"'])(.*?)\1", found["list"])
+        return " ".join(f"{flag} {shlex.quote(word)}" for _, word in words) or found[0]
+
+    return _OPTION.sub(given, text)
 
 
 _DOWNLOAD = "neuron_fp8_loader.download"
@@ -126,19 +137,36 @@ _HELP = {
     "nan": "NaN codes in a weight.",
     "unscaled": "FP8 weights that have no scale and do not fit.",
     "activation_scales": "Static activation and KV cache scales.",
-    "layout": "Scale shapes: as on disk, one a row, or one a tensor.",
+    "layout": "Scale shapes instead of those that --for takes: as on disk, one a row, or one a tensor.",
 }
+
+STACKS = ("nxd", "vllm-neuron")
+
+
+def stack_option(function: F) -> F:
+    """``--for``: which stack the load is for."""
+    return click.option(
+        "--for",
+        "stack",
+        type=click.Choice(STACKS),
+        default=STACKS[0],
+        show_default=True,
+        help="NxD Inference (by itself, or below vLLM), or the vLLM Neuron plugin without it.",
+    )(function)
 
 
 def choice(name: str) -> Callable[[F], F]:
     """The option of the command line for an option of a few words; the default is the first of them."""
     flag, words = f"--{name.replace('_', '-')}", CHOICES[name]
+    if name == "layout":
+        return click.option(flag, type=click.Choice(words), help=_HELP[name])  # which is the default, --for tells
     return click.option(flag, type=click.Choice(words), default=words[0], show_default=True, help=_HELP[name])
 
 
 def load_options(function: F) -> F:
-    """The options of a load that change its result: those of ``What``."""
+    """The stack that a load is for, and the options that change its result: those of ``What``."""
     options: list[Callable[[F], F]] = [
+        stack_option,
         choice("method"),
         click.option("--always", is_flag=True, help="Rescale weights that fit +-240 already, too."),
         # these two are for those who load; inspect, verify and export go tensor by tensor

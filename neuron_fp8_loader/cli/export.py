@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 @load_options
 @threads_option
 @json_option
-def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: bool, **load: Any) -> None:
+def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: bool, stack: str, **load: Any) -> None:
     """Write a converted copy of CKPT to OUT, for those who need one.
 
-    Same shards, same names, configs and index carried over, in bounded memory. Every file is written beside and
+    The copy is what the stack's layers take: --for nxd, one scale a row or a tensor beside each weight, named
+    X.weight_scale; --for vllm-neuron, bfloat16. Its config.json says so. --layout keep leaves names and shapes as they
+    are. Same shards, configs and index carried over, in bounded memory. Every file is written beside and
     renamed, the index last; run the same command again to resume. OUT must be new, empty, or an export of the same.
 
     \b
@@ -44,7 +47,7 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     """
     from ..tools.export import prepare_export
 
-    made = prepare_export(ckpt, out, threads=threads, **load)
+    made = prepare_export(ckpt, out, stack=stack, threads=threads, **load)
     finished, resumed = made.finished, len(made.done)
     if not as_json:
         _announce(made, finished)
@@ -53,12 +56,35 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
     if as_json:
         print_json("export", as_data(ckpt, made, dry_run=dry_run, resumed=resumed, already=finished))
     elif not dry_run and not finished:
-        done = [f"{made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"]
-        for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized")):
-            count = sum(step.action == action for step in made.recipe.weights)
-            done += [f"{count} {what}"] if count else []
-        echo(f"done: {', '.join(done)}")
-        echo(f"check it: neuron-fp8 verify {shell(str(out))} --against {shell(ckpt)}")
+        _conclude(made, ckpt, out, load)
+
+
+def _conclude(made: Export, ckpt: str, out: str, load: Mapping[str, Any]) -> None:
+    """What was done, and what to do with it."""
+    done = [f"{made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"]
+    for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized")):
+        count = sum(step.action == action for step in made.recipe.weights)
+        done += [f"{count} {what}"] if count else []
+    echo(f"done: {', '.join(done if made.rescaled or len(done) == 1 else done[1:])}")
+    echo(f"check it: neuron-fp8 verify {shell(out)} --against {shell(ckpt)}")
+    echo(_use(made, load))
+
+
+def _use(made: Export, load: Mapping[str, Any]) -> str:
+    from ..tools.settings import settings_for
+
+    if made.form.free and made.stack == "nxd":
+        settings = settings_for(made.out)
+        values = {name: value for name, value in settings.neuron_config.items() if name != "fp8_rescale"}
+        keywords = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        variables = " ".join(f"{name}={value}" for name, value in settings.environment.items())
+        if settings.fp8:
+            return f"use it, without this package:\n  export {variables}\n  NeuronConfig({keywords})"
+    if made.form.free:
+        return "use it, without this package, as any bfloat16 checkpoint"
+    if load.get("layout") == "keep":
+        return "use it as the original: names and shapes are the same, and the flag still brings them into the stack's"
+    return "use it with fp8_rescale, as the original: without, NxD Inference leaves the scales of experts behind"
 
 
 def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bool) -> dict[str, Any]:
@@ -66,6 +92,8 @@ def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bo
     return {
         "checkpoint": ckpt,
         "out": str(made.out),
+        "for": made.stack or None,
+        "free": made.form.free,
         "dry_run": dry_run,
         "finished": made.finished,
         "already_finished": already,

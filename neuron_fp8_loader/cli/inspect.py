@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..host.units import size
-from ..options import Options
 from .console import (
     FINDING,
     Command,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from ..plan import Pair, Plan
+    from ..tools.others import Other
     from ..tools.scan import Scan, WeightCodes
+    from ..tools.stacks import Aim
 
 
 @click.command(cls=Command)
@@ -60,22 +63,24 @@ def inspect(
     plot: str | None,
     threads: int | None,
     as_json: bool,
+    stack: str,
     **load: Any,
 ) -> None:
-    """What is in CKPT, what Neuron would read, and what the loader would do.
+    """What is in CKPT, what Neuron would read, and what the load that `neuron-fp8 config` prints would do.
 
-    Exits with 1 if Neuron would read inf or nan from CKPT as it is, or if the loader would refuse it. The options of
-    a load tell which load is meant.
+    Exits with 1 if that load would be refused, or if CKPT is of a kind that the stack does not load. The options of a
+    load tell which one is meant.
 
     \b
     Example:
       neuron-fp8 inspect ./Llama-3.1-8B-FP8 --plot overflow.html
     """
     from ..checkpoint import open_checkpoint
-    from ..plan import recipe_for
+    from ..tools.others import other_kind
     from ..tools.scan import scan
+    from ..tools.settings import config_in
+    from ..tools.stacks import aim_for
 
-    options = Options.of({**load, "threads": threads})
     if plot:
         from ..tools.plot import check_plot
 
@@ -83,27 +88,29 @@ def inspect(
         if headers_only:
             raise click.UsageError("--plot needs the weights; leave out --headers-only")
     checkpoint = open_checkpoint(ckpt, headers_only=headers_only)
-    recipe = recipe_for(checkpoint, options)
-    plan = recipe.plan
-    found = None if headers_only else scan(checkpoint, recipe, options)
+    aim = aim_for(checkpoint, stack, {**load, "threads": threads})
+    plan = aim.recipe.plan
+    other = other_kind(plan, stack, config_in(checkpoint.directory).get("model_type"))
+    found = None if headers_only else scan(checkpoint, aim.recipe, aim.options, aim.refusals)
     if plot and found and found.weights:
         from ..tools.plot import write_plot
 
-        write_plot(found, plot)
+        write_plot(found, plot, aim.label)
     if as_json:
-        print_json("inspect", as_data(ckpt, checkpoint, plan, found))
+        print_json("inspect", as_data(ckpt, checkpoint, aim, other, found))
     else:
-        _show(console(), ckpt, checkpoint, plan, found, top)
+        _show(console(), ckpt, checkpoint, aim, other, found, top)
         if plot and found:
             echo(f"\nplot: {plot if found.weights else 'no FP8 weights, nothing to draw'}")
-    if found and (found.as_inf or found.as_nan or found.nan or found.refusals):
+    if (found.refusals if found else aim.refusals) or (other and other.loads is False):
         ctx.exit(FINDING)
 
 
-def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -> dict[str, Any]:
+def as_data(ckpt: str, checkpoint: Checkpoint, aim: Aim, other: Other | None, found: Scan | None) -> dict[str, Any]:
     """The JSON of the command."""
     from ..tools.settings import nxd_layout
 
+    plan = aim.recipe.plan
     quantization_type, layout = nxd_layout(plan)
     rescaled = frozenset(found.rescaled) if found else frozenset()
     data: dict[str, Any] = {
@@ -123,7 +130,10 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
         "activation_scales": [a.name for a in plan.activation_scales],
         "untouched_fp8": list(plan.untouched_fp8),
         "unquantized": list(plan.unquantized),
+        "other": None if other is None else asdict(other),
         "nxd": {"quantization_type": quantization_type, "layout": layout},
+        "for": aim.stack,
+        "refusals": [as_given(text) for text in (found.refusals if found else aim.refusals)],
         "pairs": [_pair(plan, pair, found, rescaled) for pair in plan.pairs],
         "codes": None,
         "load": None,
@@ -146,7 +156,10 @@ def as_data(ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None) -
             "rescaled": len(found.rescaled),
             "requantized": len(found.requantized),
             "dequantized": len(found.dequantized),
+            "layout": found.recipe.what.layout,
             "rounded_codes": found.rounded,
+            "predicted_sqnr_db": found.sqnr_db,
+            "least_sqnr_db": found.least[1] if found.least else None,
             "refusals": [as_given(text) for text in found.refusals],
         }
     return data
@@ -170,6 +183,7 @@ def _pair(plan: Plan, pair: Pair, found: Scan | None, rescaled: Collection[str])
             "as_nan": codes.as_nan,
             "nan": codes.nan,
             "rescaled": pair.weight in rescaled,
+            "predicted_sqnr_db": found.predicted[pair.weight].sqnr if pair.weight in found.predicted else None,
         }
     return data
 
@@ -188,9 +202,10 @@ def _kinds(plan: Plan) -> dict[tuple[str, str, str], int]:
     return dict(kinds.most_common())
 
 
-def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Scan | None, top: int) -> None:
-    from ..tools.settings import nxd_layout
-
+def _show(
+    out: Console, ckpt: str, checkpoint: Checkpoint, aim: Aim, other: Other | None, found: Scan | None, top: int
+) -> None:
+    plan = aim.recipe.plan
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     files = f"{len(checkpoint.files)} file{'' if len(checkpoint.files) == 1 else 's'}"
     lines = [
@@ -211,17 +226,30 @@ def _show(out: Console, ckpt: str, checkpoint: Checkpoint, plan: Plan, found: Sc
     ):
         if names:
             lines.append(("also", f"{len(names)} {what}"))
-    if not plan.fp8_weights:
-        lines.append(("pairs", "no FP8 weights: nothing for the loader to do"))
+    if other is not None:
+        lines += [("FP8", "no FP8 weights"), ("what it is", str(other))]
     if plan.unquantized:
         lines.append(("unquantized", _some(list(plan.unquantized))))
-    if plan.pairs:
-        quantization_type, layout = nxd_layout(plan)
-        lines.append(("for NxD", f"{quantization_type}: {layout}"))
+    lines += _aim(aim)
+    if found is None:
+        lines += [("refused", as_given(one_line(text))) for text in aim.refusals]
     lines += [("warning", text) for text in plan.warnings]
     say(out, facts(lines))
     if found and found.weights:
         _show_codes(out, found, top)
+        say(out, "", f"A load for {aim.label} would", facts(_load(found)))
+
+
+def _aim(aim: Aim) -> list[tuple[str, str]]:
+    """What the stack takes, in words."""
+    from ..tools.settings import nxd_layout
+
+    plan = aim.recipe.plan
+    if aim.design is not None:
+        return [("for vLLM", str(aim.design))]
+    if not plan.pairs:
+        return []
+    return [("for NxD", ": ".join(nxd_layout(plan)))]
 
 
 def _show_codes(out: Console, found: Scan, top: int) -> None:
@@ -239,20 +267,41 @@ def _show_codes(out: Console, found: Scan, top: int) -> None:
         rows = [(_name(w), str(w.above), percent(w.above, w.numel), str(w.as_inf), str(w.as_nan)) for w in worst[:top]]
         heading = "worst modules" if len(worst) <= top else f"worst {top} of {len(worst)} modules"
         say(out, "", table([heading, ">above 240", ">share", ">inf", ">nan"], rows))
-    rescaled, rounded = len(found.rescaled), found.rounded
-    say(out, "", "The loader would")
+
+
+def _load(found: Scan) -> list[tuple[str, str]]:
+    """What the load would do."""
     if found.refusals:
-        lines = [("refuse", as_given(one_line(text))) for text in found.refusals]
-    else:
-        done = f"{rescaled} of {weights} weights ({found.recipe.what.method}); {rounded} codes would be rounded"
-        lines = [("rescale", f"{done} ({percent(rounded, found.numel)})" if rescaled else "nothing: all fits already")]
-        if rescaled and found.plan.activation_scales and found.recipe.what.activation_scales == "rescale":
-            lines.append(("", f"{len(found.plan.activation_scales)} static activation and KV scales with them"))
-        if found.requantized:
-            lines.append(("requantize", f"{len(found.requantized)} weights from block scales to row scales"))
-        if found.dequantized:
-            lines.append(("dequantize", f"{len(found.dequantized)} weights, to bfloat16"))
-    say(out, facts(lines))
+        return [("refuse", as_given(one_line(text))) for text in found.refusals]
+    weights, rescaled = len(found.weights), len(found.rescaled)
+    lines = []
+    if rescaled:
+        lossy = sum(found.weights[name].counts.lossy for name in found.rescaled)
+        share = percent(lossy, sum(found.weights[name].numel for name in found.rescaled))
+        done = (
+            f"{rescaled} of {weights} weights ({found.recipe.what.method}); {lossy} codes would be rounded ({share})"
+        )
+        lines.append(("rescale", done))
+    if found.requantized:
+        count = sum(found.weights[name].numel for name in found.requantized)
+        what = f"{len(found.requantized)} of {weights} weights from block scales to row scales"
+        lines.append(("requantize", f"{what}; each of their {count} codes would be rounded once more"))
+    if found.dequantized:
+        lines.append(("dequantize", f"{len(found.dequantized)} of {weights} weights, to bfloat16"))
+    if not lines:
+        return [("rescale", "nothing: all fits already")]
+    activations = found.plan.activation_scales
+    if activations and found.verdict.any and found.recipe.what.activation_scales == "rescale":
+        lines.append(("", f"{len(activations)} static activation and KV scales with them"))
+    return [*lines, ("predicted", _predicted(found))]
+
+
+def _predicted(found: Scan) -> str:
+    if not math.isfinite(found.sqnr_db):
+        return "no loss: every value stays what it is"
+    least = found.least
+    worst = f"; least {least[1]:.1f} dB, {least[0]}" if least else ""
+    return f"SQNR {found.sqnr_db:.1f} dB{worst} (measure it: neuron-fp8 verify)"
 
 
 def _name(weight: WeightCodes) -> str:

@@ -48,13 +48,14 @@ def verify(
     top: int,
     threads: int | None,
     as_json: bool,
+    stack: str,
     **load: Any,
 ) -> None:
-    """Rescale CKPT in memory and check every value; or check a converted copy.
+    """Load CKPT into memory as the stack would and check every value; or check a converted copy.
 
     The arithmetic is not the loader's own: float64, and ml_dtypes' reading of the bytes. No code may be above 0x77,
     and every value must be what it was or what rounding to the nearest code makes of it. Memory: a few tensors.
-    Exits with 1 if something is wrong. Needs the extra 'verify'.
+    Exits with 1 if something is wrong, or if there are no FP8 weights to check. Needs the extra 'verify'.
 
     \b
     Examples:
@@ -64,15 +65,30 @@ def verify(
     from ..tools.verify import compare_checkpoints, verify_checkpoint
 
     if against is None:
-        result = verify_checkpoint(ckpt, threads=threads, **load)
+        result = verify_checkpoint(ckpt, stack=stack, threads=threads, **load)
     else:
         result = compare_checkpoints(ckpt, against, threads=threads)
     if as_json:
         print_json("verify", as_data(result))
     else:
-        _show(console(), result, top)
-    if not result.ok:
+        _show(console(), result, top, nothing_in(ckpt, stack) if not result.weights else "")
+    if not _fine(result):
         ctx.exit(FINDING)
+
+
+def nothing_in(ckpt: str, stack: str) -> str:
+    """What a checkpoint without FP8 weights is, in words."""
+    from ..checkpoint import open_checkpoint
+    from ..plan import plan_for
+    from ..tools.others import other_kind
+    from ..tools.settings import config_in
+
+    checkpoint = open_checkpoint(ckpt)
+    return str(other_kind(plan_for(checkpoint), stack, config_in(checkpoint.directory).get("model_type")) or "")
+
+
+def _fine(result: Verification) -> bool:
+    return result.ok and bool(result.weights)
 
 
 def as_data(result: Verification) -> dict[str, Any]:
@@ -80,7 +96,8 @@ def as_data(result: Verification) -> dict[str, Any]:
     return {
         "checkpoint": result.source,
         "against": result.against or None,
-        "ok": result.ok,
+        "for": result.stack or None,
+        "ok": _fine(result),
         "values": result.numel,
         "changed": result.changed,
         "sqnr_db": result.sqnr_db,
@@ -93,10 +110,16 @@ def as_data(result: Verification) -> dict[str, Any]:
     }
 
 
-def _show(out: Console, result: Verification, top: int) -> None:
+def _show(out: Console, result: Verification, top: int, nothing: str) -> None:
+    from ..tools.stacks import STACKS
+
     bad = [weight for weight in result.weights if weight.problem]
     count = len(result.weights)
-    what = f"{result.source} against {result.against}" if result.against else f"{result.source}, rescaled in memory"
+    what = (
+        f"{result.source} against {result.against}"
+        if result.against
+        else f"{result.source}, loaded for {STACKS[result.stack]}"
+    )
     lines = [
         ("checked", f"{what}: {count} FP8 weights, {result.numel} values; {result.identical} other tensors"),
         ("factor", "; ".join(f"{_factor(f)}: {n} weights" for f, n in result.factors.items()) or "-"),
@@ -118,8 +141,11 @@ def _show(out: Console, result: Verification, top: int) -> None:
         rows = [(weight.name, weight.problem) for weight in bad[:top]]
         heading = "weight" if len(bad) <= top else f"{top} of {len(bad)} weights"
         say(out, "", table([heading, "problem"], rows))
-    if result.ok:
-        verdict = "fine: every value is what it was, to one rounding, and Neuron can read all of them"
+    if nothing and result.ok:
+        verdict = f"nothing to verify: no FP8 weights; {nothing}"
+    elif result.ok:
+        rounding = "" if result.sqnr_db == math.inf else f", to one rounding ({_db(result.sqnr_db)} over all)"
+        verdict = f"fine: every value is what it was{rounding}, and Neuron can read all of them"
     else:
         verdict = f"not fine: {len(bad)} of {count} weights, {len(result.problems)} other problems"
     say(out, "", verdict)
@@ -127,7 +153,7 @@ def _show(out: Console, result: Verification, top: int) -> None:
 
 def _factor(factor: float | None) -> str:
     if factor is None:
-        return "scales of another layout"
+        return "scales of another layout, or none"
     return f"scale x {factor:.6g}" + (" (448/240)" if math.isclose(factor, 448 / 240) else "")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from .signals import uninterrupted
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PIECE = 1 << 20
 """Bytes that one thread reads and translates at a time: small enough to be in cache still when translated."""
@@ -82,7 +84,8 @@ def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(bytes)``. The bar is drawn on stderr if ``show``; with None only on a terminal and after 2 s.
+    """Yield ``advance(bytes)``. The bar is drawn on stderr if ``show``; with None only on a terminal and after 2 s,
+    whether anything has been read by then or not.
 
     Work does not fail for want of a bar: where stderr is missing, closed or broken, none is seen.
     """
@@ -91,25 +94,31 @@ def progress(what: str, total: int, show: bool | None) -> Iterator[Callable[[int
         yield lambda nbytes: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(file=cast(IO[str], stream)), transient=True)
     task = bar.add_task(what, total=total)
-    begin, lock, drawn = time.monotonic(), threading.Lock(), threading.Event()
-
-    def advance(nbytes: int) -> None:
-        bar.advance(task, nbytes)
-        if not drawn.is_set() and (show or time.monotonic() - begin > _SHOW_AFTER):
-            with lock:
-                if not drawn.is_set():
-                    bar.start()
-                    drawn.set()
-
+    # by the clock: a slow disk, or one large tensor, may be long in coming to its first advance
+    later = threading.Timer(_SHOW_AFTER, _start_quietly, [bar])
+    later.daemon = True
+    if show:
+        bar.start()
+    else:
+        with suppress(RuntimeError):  # no more threads
+            later.start()
     try:
-        yield advance
+        yield lambda nbytes: bar.advance(task, nbytes)
     finally:
+        later.cancel()
+        if later.ident is not None:
+            later.join()  # what it has begun must be seen by stop
         bar.stop()
+
+
+def _start_quietly(bar: Progress) -> None:
+    with suppress(Exception):
+        bar.start()
 
 
 class _Stream:

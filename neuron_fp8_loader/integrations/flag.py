@@ -19,11 +19,12 @@ FLAG = "fp8_rescale"
 
 BLOCKWISE = "blockwise_symmetric"
 
-_LAYOUTS = {
+LAYOUTS = {
     "per_tensor_symmetric": "per_tensor",
     "per_channel_symmetric": "per_channel",
     "expert_wise_per_channel_symmetric": "per_channel",
 }
+"""``quantization_type`` -> the layout that its layers take, without blocks."""
 
 
 def parse(value: Any) -> dict[str, Any] | None:
@@ -84,7 +85,7 @@ def layout_for(neuron_config: Any) -> str:
         return "keep"
     if experts_apart(neuron_config):
         return "per_channel"
-    return _LAYOUTS.get(quantization_type(neuron_config), "keep")
+    return LAYOUTS.get(quantization_type(neuron_config), "keep")
 
 
 def quantization_type(neuron_config: Any) -> str:

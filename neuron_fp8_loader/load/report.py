@@ -67,8 +67,11 @@ class Report:
 
     @property
     def rounded(self) -> int:
-        """Codes that lost a bit."""
-        return sum(w.counts.lossy for w in self.rescaled)
+        """Codes that lost a bit, and all codes of weights whose requantizing cost anything: each of those was rounded
+        once more."""
+        again = {name for name, sqnr in self.requantized.items() if math.isfinite(sqnr)}
+        lossy = sum(w.counts.lossy for w in self.rescaled)
+        return lossy + sum(w.numel for w in self.weights if w.name in again)
 
     @property
     def gb_per_s(self) -> float:
@@ -78,9 +81,7 @@ class Report:
         """One line."""
         counts, codes = self.counts, sum(w.numel for w in self.weights)
         parts = [f"{self.tensors} tensors", *self._done(), f"{counts.above} of {codes} codes were above 240"]
-        if self.rescaled or not self.requantized:
-            parts.append(f"{self.rounded} rounded")
-        parts.append(f"{counts.nan} NaN")
+        parts += [f"{self.rounded} rounded", f"{counts.nan} NaN"]
         if self.activation_scales:
             parts.append(f"{self.activation_scales} activation scales rescaled")
         speed = f"{size(self.nbytes)} in {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"

@@ -22,14 +22,17 @@ from ..host.parallel import progress
 from ..host.units import size
 from ..load.parts import Parts, refuse_fused
 from ..options import Options
-from ..plan import Recipe, Verdict, converted, recipe_for
+from ..plan import Recipe, Verdict, converted
+from .copying import OTHER_DECLARATIONS, Form, config_after, form_for, written
 from .scan import scan
 from .shards import PARTIAL, ExportError, Target, beside, copy_beside, nbytes_after, write_bin, write_safetensors
+from .stacks import Aim, aim_for
 
 STATE = ".neuron-fp8-export.json"
 """The file in OUT that says what is being exported to it."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
+_DIFFERENT = {"options": "other options", "for": "other options", "version": "another version"}
 _SPARE = 16 << 20  # bytes for headers that grow by a note, and the file system's own
 
 
@@ -38,7 +41,9 @@ class Export:
     """One export, prepared: nothing is written before ``run``.
 
     Attributes:
-        checkpoint, recipe, options: what is exported, and how.
+        checkpoint, form, options: what is exported, in which form, and how.
+        stack: which it is for, "" for none.
+        refusals: why a load would stop, as far as headers tell.
         out: the directory that it goes to.
         base: the directory that it comes from.
         others: files carried over as they are, relative to ``base``.
@@ -49,7 +54,7 @@ class Export:
     """
 
     checkpoint: Checkpoint
-    recipe: Recipe
+    form: Form
     options: Options
     out: Path
     base: Path
@@ -58,6 +63,13 @@ class Export:
     needed: int = 0
     free: int = 0
     state: dict[str, Any] = field(default_factory=dict)
+    stack: str = ""
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done with each tensor."""
+        return self.form.recipe
 
     @property
     def finished(self) -> bool:
@@ -96,17 +108,17 @@ class Export:
             self._save_state()
 
     def _decided(self) -> dict[str, Any]:
-        found = scan(self.checkpoint, self.recipe, self.options)
+        found = scan(self.checkpoint, self.recipe, self.options, self.refusals)
         if found.refusals:
             raise WeightError("\n".join(found.refusals))
         groups = sorted({self.recipe.steps[name].group for name in found.rescaled})
         decided = {"convert": groups, "overflow": found.verdict.any, "finished": False}
-        return {**_identity(self.checkpoint, self.options), **decided}
+        return {**_identity(self.checkpoint, self.options, self.stack), **decided}
 
     def _write(self) -> None:
         parts = Parts(self.checkpoint, self.recipe, self.verdict, self.options)
         for other in self.others:
-            copy_beside(self.base / other, Target(self.out, other))
+            self._carry_over(other)
         by_file = _by_file(self.checkpoint)
         left = [file for file in self.checkpoint.files if file.relative_to(self.base) not in self.done]
         total = sum(info.nbytes for file in left for info in by_file[file])
@@ -121,26 +133,41 @@ class Export:
         with progress("exporting", total, self.options.progress) as advance:
             for file in left:
                 target, infos = Target(self.out, file.relative_to(self.base)), by_file[file]
-                if self.checkpoint.is_bin:
-                    write_bin(target, infos, parts, advance)
+                if infos and not _left_of(infos, self.recipe):
+                    advance(sum(info.nbytes for info in infos))  # a shard of scales that are all dropped
+                elif self.checkpoint.is_bin:
+                    write_bin(target, infos, parts, self.form, advance)
                 elif infos:
-                    write_safetensors(target, infos, parts, self.recipe, note, advance)
+                    write_safetensors(target, infos, parts, self.form, note, advance)
                 else:
                     copy_beside(file, target)
                 self.done.append(file.relative_to(self.base))
         if self.checkpoint.index:
             self._write_index(self.checkpoint.index)
 
+    def _carry_over(self, other: Path) -> None:
+        source, target = self.base / other, Target(self.out, other)
+        if self.form.changed and other.name == "config.json":
+            try:
+                content = config_after(source, self.form)
+            except (OSError, ValueError, AttributeError):
+                pass  # nobody can read it: as it is
+            else:
+                with beside(target) as file:
+                    file.write(content)
+                return
+        copy_beside(source, target)
+
     def _write_index(self, index: Path) -> None:
         content = json.loads(index.read_text(encoding="utf-8"))
         infos = self.checkpoint.tensors.values()
         total = nbytes_after(infos, self.recipe)
         target = Target(self.out, index.relative_to(self.base))
-        if total == sum(info.nbytes for info in infos):
+        names = written(self.recipe.steps)
+        if total == sum(info.nbytes for info in infos) and all(old == new for old, new in names.items()):
             copy_beside(index, target)
             return
-        dropped = {step.name for step in self.recipe.doing("drop")}
-        content["weight_map"] = {n: file for n, file in content["weight_map"].items() if n not in dropped}
+        content["weight_map"] = {names[n]: file for n, file in content["weight_map"].items() if n in names}
         metadata = content.get("metadata")
         content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
         with beside(target) as file:
@@ -151,23 +178,28 @@ class Export:
             file.write(json.dumps(self.state, indent=1).encode())
 
 
-def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Export:
+def prepare_export(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, stack: str | None = None, **options: Any
+) -> Export:
     """Check everything that can be checked before an export: headers, pairs, OUT, disk.
 
     Args:
         path: a whole checkpoint: a directory, an index, or a single file.
         out: the directory to write; new, empty, or an interrupted export of the same checkpoint.
+        stack: ``"nxd"`` or ``"vllm-neuron"``: the copy is what that stack takes (``copying``), if need be with other
+            names and shapes, and config.json says so; None: names as they are, shapes as the options say.
         **options: see ``Options``.
 
     Raises:
         CheckpointError, PlanError, OptionError: as ``load_checkpoint``.
-        ExportError: ``path`` is one shard of several, or ``out`` is not fit.
+        ExportError: ``path`` is one shard of several, ``out`` is not fit, or no copy would serve the stack.
     """
-    chosen = Options.of(options)
-    refuse_fused(chosen, "an export")
-    checkpoint = open_checkpoint(path, download=chosen.download)
+    refuse_fused(Options.of({n: v for n, v in options.items() if n != "layout" or v is not None}), "an export")
+    checkpoint = open_checkpoint(path, download=bool(options.get("download")))
     if checkpoint.is_remote:
-        raise ExportError(f"{path}: lies in a store, and an export is made from a directory; copy it to one first")
+        raise ExportError(
+            f"{checkpoint.path}: lies in a store, and an export is made from a directory; copy it to one first"
+        )
     if checkpoint.selected != frozenset(checkpoint.files):
         raise ExportError(
             f"{checkpoint.path}: is one of {len(checkpoint.files)} shards; give their directory or the index"
@@ -175,13 +207,18 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
     out = ShownPath(out)
     _check_place(Path(path), base, out)
-    recipe = recipe_for(checkpoint, chosen)
-    export = Export(checkpoint, recipe, chosen, out, base, _others(checkpoint, Path(path), base))
-    export.state = _resumable(out, checkpoint, chosen)
+    aim = aim_for(checkpoint, stack, options)
+    _check_use(aim)
+    chosen, form = aim.options, form_for(aim) if stack else Form(aim.recipe)
+    recipe = form.recipe
+    others = [other for other in _others(checkpoint, Path(path), base) if not _stale(other, form)]
+    export = Export(checkpoint, form, chosen, out, base, others, stack=aim.stack, refusals=aim.refusals)
+    export.state = _resumable(out, checkpoint, chosen, aim.stack)
     by_file = _by_file(checkpoint)
     for file in checkpoint.files:
         grown = nbytes_after(by_file[file], recipe) - sum(info.nbytes for info in by_file[file])
-        if Target(out, file.relative_to(base)).is_there() and export.state:
+        empty = bool(by_file[file]) and not _left_of(by_file[file], recipe)
+        if export.state and (empty or Target(out, file.relative_to(base)).is_there()):
             export.done.append(file.relative_to(base))
         else:
             export.needed += file.stat().st_size + grown
@@ -193,6 +230,24 @@ def prepare_export(path: str | os.PathLike[str], out: str | os.PathLike[str], **
     return export
 
 
+def _stale(other: Path, form: Form) -> bool:
+    """Does a file say how the original was quantized, which the copy is not?"""
+    return form.changed and other.name in OTHER_DECLARATIONS
+
+
+def _check_use(aim: Aim) -> None:
+    """Raise ExportError where no copy serves the stack."""
+    plan = aim.recipe.plan
+    if aim.stack and not plan.fp8_weights:
+        raise ExportError(f"{plan.source}: no FP8 weights, so there is nothing to convert; see neuron-fp8 inspect")
+    if aim.design is not None and aim.design.kept:
+        raise ExportError(
+            f"{plan.source}: the vLLM Neuron plugin's static FP8 layers rescale what they read, a converted copy too; "
+            "serve the checkpoint itself with --quantization neuron_fp8, which keeps them from it, or have a bfloat16 "
+            'copy (dequantize="*")'
+        )
+
+
 def _check_place(path: Path, base: Path, out: Path) -> None:
     inside, whole = out.resolve(), base.resolve()
     if inside == whole or (whole in inside.parents and not _is_single_file(path)):
@@ -201,7 +256,7 @@ def _check_place(path: Path, base: Path, out: Path) -> None:
         raise ExportError(f"{out}: is a file; an export goes to a directory")
 
 
-def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+def _resumable(out: Path, checkpoint: Checkpoint, options: Options, stack: str) -> dict[str, Any]:
     """The state of an interrupted export of the same thing, {} for a fresh directory; else ExportError."""
     # a first run that was killed as it wrote its note leaves but a part of that
     if not out.is_dir() or all(file.name == STATE + PARTIAL for file in out.iterdir()):
@@ -214,22 +269,23 @@ def _resumable(out: Path, checkpoint: Checkpoint, options: Options) -> dict[str,
         ours = False
     if not ours:
         raise ExportError(f"{out}: is not empty and not an export of ours; give a new or an empty directory")
-    for key, value in _identity(checkpoint, options).items():
+    for key, value in _identity(checkpoint, options, stack).items():
         if state.get(key) != value:
-            what = "other options" if key == "options" else "another version" if key == "version" else "other files"
+            what = _DIFFERENT.get(key, "other files")
             raise ExportError(
                 f"{out}: holds an export made from {what} ({key} differ); delete it, or give another directory"
             )
     return dict(state)
 
 
-def _identity(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, options: Options, stack: str) -> dict[str, Any]:
     """What must be the same for an export to be resumed."""
     from .. import __version__
 
     stats = {file: file.stat() for file in checkpoint.files}
     identity: dict[str, Any] = {
         "version": __version__,
+        "for": stack,
         "files": {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "options": {
             name: value for name, value in vars(options).items() if name not in ("threads", "progress", "download")
@@ -263,6 +319,11 @@ def _by_file(checkpoint: Checkpoint) -> dict[Path, list[TensorInfo]]:
         assert info.file is not None
         by_file[info.file].append(info)
     return by_file
+
+
+def _left_of(infos: list[TensorInfo], recipe: Recipe) -> bool:
+    """Is there any tensor of a shard in the copy?"""
+    return any(recipe.steps[info.name].action != "drop" for info in infos)
 
 
 def _existing(path: Path) -> Path:

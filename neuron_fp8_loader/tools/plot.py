@@ -33,8 +33,13 @@ def check_plot(path: str) -> None:
             raise OptionError(f"--plot needs {module}; install the extra: pip install 'neuron-fp8-loader[plot]'")
 
 
-def write_plot(scan: Scan, path: str) -> None:
+def write_plot(scan: Scan, path: str, stack: str = "") -> None:
     """Draw ``scan`` to a ``.png``, or to an ``.html`` that needs no network and answers the pointer.
+
+    Args:
+        scan: of a load.
+        path: of the file.
+        stack: what the load is for, in words.
 
     Raises:
         OptionError: as ``check_plot``.
@@ -44,7 +49,7 @@ def write_plot(scan: Scan, path: str) -> None:
 
     width = 640
     chart = alt.vconcat(
-        _map(alt, scan, width), _layers(alt, scan, width), _codes(alt, scan, width), spacing=28
+        _map(alt, scan, width), _layers(alt, scan, width), _codes(alt, scan, width, stack), spacing=28
     ).properties(
         title=alt.TitleParams(
             printable(Path(scan.plan.source).name),
@@ -151,10 +156,10 @@ def _layers(alt: Any, scan: Scan, width: int) -> Any:
     )
 
 
-def _codes(alt: Any, scan: Scan, width: int) -> Any:
+def _codes(alt: Any, scan: Scan, width: int, stack: str) -> Any:
     before, after = scan.histograms()
     total = max(1, sum(before))
-    stages = (("on disk", before), (f"after the loader ({scan.recipe.what.method})", after))
+    stages = (("on disk", before), (_after(scan, stack), after))
     rows = [
         {
             "stage": stage,
@@ -201,6 +206,14 @@ def _codes(alt: Any, scan: Scan, width: int) -> Any:
         )
         .properties(title="Codes, and how Neuron reads them")
     )
+
+
+def _after(scan: Scan, stack: str) -> str:
+    """What the load does to the codes, in words."""
+    done = [scan.recipe.what.method] if scan.rescaled else []
+    done += [f"{len(scan.requantized)} weights requantized to row scales: predicted"] if scan.requantized else []
+    done += [f"{len(scan.dequantized)} weights as bfloat16: no codes left"] if scan.dequantized else []
+    return f"after a load{f' for {stack}' if stack else ''} ({'; '.join(done) or 'as they are'})"
 
 
 def _reading(code: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,9 @@ from ..errors import ScaleError, WeightError
 from ..load.checks import check_weights, laid_out_overflow, new_scales
 from ..load.layout import check_layout
 from ..options import Options
-from ..plan import Plan, Recipe, Verdict, converted, recipe_for
+from ..plan import Plan, Recipe, Verdict, converted
+from .predict import Prediction, predict
+from .stacks import aim_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,6 +99,7 @@ class Scan:
         weights: by name, in the checkpoint's order.
         verdict: which weights a load would rescale.
         refusals: why a load would stop, one text a reason; empty if it would not.
+        predicted: what the load will make of each weight, as ``predict`` tells; of weights whose scale was read.
         nbytes: how much was read.
         seconds: how long that took.
     """
@@ -105,6 +108,7 @@ class Scan:
     weights: Mapping[str, WeightCodes]
     verdict: Verdict
     refusals: tuple[str, ...] = ()
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
 
@@ -146,8 +150,25 @@ class Scan:
 
     @property
     def rounded(self) -> int:
-        """Codes of the rescaled weights to which the method gives another value. Requantizing is not in it."""
-        return sum(self.weights[name].counts.lossy for name in self.rescaled)
+        """Codes of the rescaled weights to which the method gives another value, and all codes of weights whose
+        requantizing is predicted to cost anything: each of those is rounded once more."""
+        counts = (self.weights[name].counts.lossy for name in self.rescaled)
+        return sum(counts) + sum(self.weights[name].numel for name in self.requantized if self._costs(name))
+
+    def _costs(self, name: str) -> bool:
+        return name in self.predicted and self.predicted[name].noise > 0
+
+    @property
+    def sqnr_db(self) -> float:
+        """Predicted, over all FP8 weights together; inf where nothing is lost."""
+        signal = sum(cost.signal for cost in self.predicted.values())
+        return Prediction(signal, sum(cost.noise for cost in self.predicted.values())).sqnr
+
+    @property
+    def least(self) -> tuple[str, float] | None:
+        """The weight with the least predicted SQNR, and that in dB."""
+        found = ((name, cost.sqnr) for name, cost in self.predicted.items() if cost.signal)
+        return min(found, key=lambda item: item[1], default=None)
 
     def worst(self, count: int | None = None) -> list[WeightCodes]:
         """Weights with codes above 240, the largest share first."""
@@ -155,46 +176,70 @@ class Scan:
         return sorted(found, key=lambda w: (-w.share_above, w.name))[:count]
 
     def histograms(self) -> tuple[list[int], list[int]]:
-        """How often each magnitude code occurs over all e4m3fn weights: on disk, and after a rescale (128 each)."""
+        """How often each magnitude code occurs over all e4m3fn weights: on disk, and after the load (128 each).
+
+        The second is exact where codes are translated, predicted for weights that are requantized, and without those
+        that become bfloat16.
+        """
         before, after = [0] * 128, [0] * 128
-        rescaled = set(self.rescaled)
+        rescaled, others = set(self.rescaled), {*self.requantized, *self.dequantized}
         for weight in self.weights.values():
             if not weight.is_e4m3fn:
                 continue
             for code, n in enumerate(weight.magnitudes):
                 before[code] += n
-                after[weight.table.out[code] if weight.name in rescaled else code] += n
+                if weight.name not in others:
+                    after[weight.table.out[code] if weight.name in rescaled else code] += n
+            if weight.name in others and weight.name in self.predicted:
+                for code, n in enumerate(self.predicted[weight.name].codes):
+                    after[code] += n
         return before, after
 
 
-def scan_checkpoint(path: str | os.PathLike[str], **options: Unpack[OptionKeywords]) -> Scan:
+def scan_checkpoint(
+    path: str | os.PathLike[str], *, stack: str | None = None, **options: Unpack[OptionKeywords]
+) -> Scan:
     """Count the codes of every FP8 weight, in bounded memory.
 
     Args:
         path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file. Of one shard of several only the
             weights in it are looked at, as far as they alone decide what becomes of them.
+        stack: ``"nxd"`` or ``"vllm-neuron"``, for the load that ``neuron-fp8 config`` tells people to use there; None
+            for a load with the options alone.
         **options: see ``Options``; they decide what a load would convert and refuse.
 
     Raises:
         CheckpointError, PlanError: as ``plan_checkpoint``, or a file cannot be read; PlanError also where the options
             ask for what cannot be done.
-        What a load would refuse for its values is in ``Scan.refusals``, not raised.
+        What a load would refuse for its values, or the stack's layout, is in ``Scan.refusals``, not raised.
     """
-    checkpoint, chosen = open_checkpoint(path), Options.of(options)
-    return scan(checkpoint, recipe_for(checkpoint, chosen), chosen)
+    checkpoint = open_checkpoint(path)
+    aim = aim_for(checkpoint, stack, options)
+    return scan(checkpoint, aim.recipe, aim.options, aim.refusals)
 
 
-def scan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Scan:
-    """``scan_checkpoint`` for a checkpoint already opened, and the recipe for the whole of it."""
+def scan(checkpoint: Checkpoint, recipe: Recipe, options: Options, refusals: tuple[str, ...] = ()) -> Scan:
+    """``scan_checkpoint`` for a checkpoint already opened, and the recipe for the whole of it.
+
+    Args:
+        refusals: what is known already; put first.
+    """
     begin = time.perf_counter()
     recipe, whole = recipe.within(info.name for info in checkpoint.selected_tensors()), recipe
     weights = _weights(checkpoint, recipe, options)
     verdict = _verdict(checkpoint, recipe, weights)
+    scales = read_scales(checkpoint, recipe, options)
+    found = (
+        *refusals,
+        *_weight_refusals(recipe, weights),
+        *scale_refusals(recipe, scales, verdict, whole.torn(recipe.steps)),
+    )
     return Scan(
         recipe=recipe,
         weights=weights,
         verdict=verdict,
-        refusals=tuple(_refusals(checkpoint, recipe, weights, verdict, options, whole.torn(recipe.steps))),
+        refusals=found,
+        predicted=predict(recipe, {name: codes.histogram for name, codes in weights.items()}, scales, verdict),
         nbytes=sum(recipe.plan.tensors[name].nbytes for name in weights),
         seconds=time.perf_counter() - begin,
     )
@@ -229,14 +274,7 @@ def _verdict(checkpoint: Checkpoint, recipe: Recipe, weights: Mapping[str, Weigh
     return Verdict(frozenset(groups), overflow)
 
 
-def _refusals(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    weights: Mapping[str, WeightCodes],
-    verdict: Verdict,
-    options: Options,
-    torn: list[str],
-) -> list[str]:
+def _weight_refusals(recipe: Recipe, weights: Mapping[str, WeightCodes]) -> list[str]:
     """Run the checks of a load on what was counted, each by itself so that none hides another."""
     found = []
     counts = {name: codes.counts for name, codes in weights.items()}
@@ -245,12 +283,24 @@ def _refusals(
             check_weights(replace(recipe, what=what), counts)
         except WeightError as error:
             found.append(str(error))
+    return found
+
+
+def read_scales(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> dict[str, torch.Tensor]:
+    """All scales of a recipe, as they are on disk."""
     infos = [recipe.plan.tensors[s.name] for s in recipe.steps.values() if s.role in ("scale", "activation scale")]
-    scales, _ = checkpoint.source.read(infos, {}, options.thread_count())
+    scales, _ = checkpoint.source.read(infos, {}, options.thread_count(), options.progress)
+    return scales
+
+
+def scale_refusals(
+    recipe: Recipe, scales: Mapping[str, torch.Tensor], verdict: Verdict, torn: Sequence[str] = ()
+) -> list[str]:
+    """What a load would refuse for the values of scales."""
     try:
         new_scales(recipe, scales, verdict)
         if not torn:
             check_layout(recipe, scales)
     except ScaleError as error:
-        found.append(str(error))
-    return found
+        return [str(error)]
+    return []

@@ -21,7 +21,9 @@ from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
+from .heads import heads_of
 from .moe_settings import moe_settings
+from .others import other_kind
 
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What the Neuron runtime must find set for FP8; only NxD Inference's own demo sets it by itself."""
@@ -38,6 +40,10 @@ _ROWS = (
     f"{_OTHERS}"
 )
 _FROM_BLOCKS = "; blocks are requantized to rows while loading, or kept with --experts blockwise"
+_PADDED = (
+    "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
+    "scale of one value"
+)
 _BLOCKS = (
     "the blocks of the experts as they are, which loses nothing; NxD dequantizes them to bfloat16 in its kernels, so "
     f"that expert_wise_per_channel_symmetric is faster; {_OTHERS}"
@@ -84,8 +90,9 @@ def settings_for(
         moe_tp_degree, moe_ep_degree: how the ranks share experts; one follows from the other and ``tp_degree``.
 
     Raises:
-        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, an unknown method,
-            ``experts`` that this checkpoint does not have, degrees that NxD cannot do.
+        CheckpointError, PlanError: as ``plan_checkpoint``; OptionError: a degree below 1, or one at which NxD cannot
+            shard the heads; degrees for experts that NxD cannot do; an unknown method, ``experts`` that this
+            checkpoint does not have.
     """
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected {' or '.join(map(repr, METHODS))}")
@@ -101,6 +108,15 @@ def settings_for(
         raise OptionError(f"experts={experts!r}: {plan.source} has no FP8 experts whose scales are known")
     if experts == "blockwise":
         quantization_type, blocks, layout = BLOCKWISE, expert_blocks(plan), _BLOCKS
+    notes = _notes(plan)
+    other = other_kind(plan, "nxd", _model_type(directory))
+    if other is not None:
+        notes.append(f"no FP8 weights: {other}")
+    heads = heads_of(config_in(directory))
+    if tp_degree is not None and fp8 and heads is not None:
+        notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
+        if heads.pads_scales(tp_degree) and quantization_type == "per_tensor_symmetric":
+            quantization_type, layout = "per_channel_symmetric", _PADDED
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
     shares, more = moe_settings(
         plan, tp_degree, moe_tp_degree, moe_ep_degree, blockwise=quantization_type == BLOCKWISE
@@ -117,7 +133,7 @@ def settings_for(
             "fp8_rescale": True if method == "half" else method,
         }
     return Settings(
-        neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, (*_notes(plan), *more), _model_type(directory), fp8
+        neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, (*notes, *more), _model_type(directory), fp8
     )
 
 
@@ -149,7 +165,7 @@ def plugin_settings_for(
     checkpoint = open_checkpoint(path)
     plan = plan_for(checkpoint)
     directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
-    config = _config(directory)
+    config = config_in(directory)
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     platform = target()
@@ -158,7 +174,8 @@ def plugin_settings_for(
     )
     notes = list(plan.warnings)
     if design is None:
-        return PluginSettings([], {}, False, "", (*notes, "no float8_e4m3fn weights: the flag is not needed"), False)
+        other = other_kind(plan, "vllm-neuron", _model_type(directory))
+        return PluginSettings([], {}, False, "", (*notes, f"no FP8 weights: {other}"), False)
     command = ["vllm", "serve", str(directory), "--quantization", QUANTIZATION]
     if tp_degree is not None:
         command += ["--tensor-parallel-size", str(tp_degree)]
@@ -242,17 +259,15 @@ def _notes(plan: Plan) -> list[str]:
             f"{len(plan.unscaled)} FP8 weights have no scale; if they do not fit, the load stops, unless fp8_rescale="
             '{"unscaled": "dequantize"} makes them bf16'
         )
-    if not plan.fp8_weights:
-        notes.append("no float8_e4m3fn weights: nothing to rescale, and the flag is not needed")
     return notes
 
 
 def _model_type(directory: Path) -> str | None:
-    found = _config(directory).get("model_type")
+    found = config_in(directory).get("model_type")
     return found if isinstance(found, str) else None
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def config_in(directory: Path) -> dict[str, Any]:
     """config.json; empty where there is none that can be read."""
     try:
         found = json.loads((directory / "config.json").read_text(encoding="utf-8"))

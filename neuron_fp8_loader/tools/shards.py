@@ -19,6 +19,7 @@ from ..errors import Fp8LoaderError
 from ..host.memory import as_bytes, buffer
 from ..load.parts import Parts, batches
 from ..plan import Recipe, Step
+from .copying import Form, metadata_after, written
 
 NOTE = "neuron_fp8_loader"
 """The metadata key that tells of the conversion."""
@@ -145,7 +146,7 @@ def write_safetensors(
     target: Target,
     infos: Sequence[TensorInfo],
     parts: Parts,
-    recipe: Recipe,
+    form: Form,
     note: str,
     advance: Callable[[int], None],
 ) -> None:
@@ -155,17 +156,17 @@ def write_safetensors(
         target: where it goes.
         infos: its tensors, in the order of their data.
         parts: loads them.
-        recipe: what becomes of them.
+        form: what becomes of them, and under which names.
         note: goes into the metadata under ``NOTE``.
         advance: called with the bytes read so far since the last call.
 
     Raises:
         Fp8LoaderError: as ``load_state_dict``; OSError: the disk is full, or the like.
     """
-    source = infos[0].file
+    source, recipe = infos[0].file, form.recipe
     assert source is not None
     header = _header(source)
-    metadata = {**(header.pop("__metadata__", None) or {}), NOTE: note}
+    metadata = {**metadata_after(header.pop("__metadata__", None) or {}, form), NOTE: note}
     infos = [info for info in infos if recipe.steps[info.name].action != "drop"]
     sizes = {info.name: _nbytes(info, recipe.steps[info.name]) for info in infos}
     if any(sizes[info.name] != info.nbytes for info in infos):  # keep every tensor aligned to its element size
@@ -175,7 +176,7 @@ def write_safetensors(
     for info in infos:
         step, own = recipe.steps[info.name], header[info.name]
         end = position + sizes[info.name]
-        entries[info.name] = {
+        entries[step.out] = {
             "dtype": own["dtype"] if step.dtype == info.dtype else _NAMES[step.dtype],
             "shape": own["shape"] if step.shape == info.shape else list(step.shape),
             "data_offsets": [position, end],
@@ -193,7 +194,9 @@ def write_safetensors(
                 advance(info.nbytes)
 
 
-def write_bin(target: Target, infos: Sequence[TensorInfo], parts: Parts, advance: Callable[[int], None]) -> None:
+def write_bin(
+    target: Target, infos: Sequence[TensorInfo], parts: Parts, form: Form, advance: Callable[[int], None]
+) -> None:
     """Write one ``.bin`` file, converted. Memory holds what changes; the rest is mapped. Errors as above."""
     source = infos[0].file
     assert source is not None
@@ -205,8 +208,9 @@ def write_bin(target: Target, infos: Sequence[TensorInfo], parts: Parts, advance
             if info.name not in loaded:  # the scale of a dequantized weight
                 del state[info.name]
         advance(sum(info.nbytes for info in batch))
+    names = written(form.recipe.steps)
     with beside(target) as handle:
-        torch.save(state, handle)
+        torch.save({names.get(name, name): value for name, value in state.items()}, handle)
 
 
 def _header(file: Path) -> dict[str, Any]:

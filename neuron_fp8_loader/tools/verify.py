@@ -19,10 +19,11 @@ from ..errors import Fp8LoaderError, ScaleError, WeightError
 from ..host.parallel import progress
 from ..load.parts import Parts, batches
 from ..options import Options
-from ..plan import Pair, Plan, Step, plan_for, recipe_for
+from ..plan import Pair, Plan, Step, plan_for
 from .arithmetic import Bytes, as_bytes, expected, scale_values
 from .compare import Side, WeightCheck, compare, sqnr_db
 from .scan import Scan, scan
+from .stacks import aim_for
 
 _CHUNK = 1 << 20
 
@@ -39,6 +40,7 @@ class Verification:
         notes: what is worth knowing and not wrong.
         activation_factors: new / old of static activation and KV scales: (least, largest), None without any.
         seconds: how long it took.
+        stack: which one the load was for, "" for none.
     """
 
     source: str
@@ -49,9 +51,11 @@ class Verification:
     notes: list[str] = field(default_factory=list)
     activation_factors: tuple[float, float] | None = None
     seconds: float = 0.0
+    stack: str = ""
 
     @property
     def ok(self) -> bool:
+        """Nothing is wrong. Look at ``weights`` too: of a checkpoint without FP8 weights that says little."""
         return not self.problems and not any(weight.problem for weight in self.weights)
 
     @property
@@ -83,8 +87,8 @@ class Verification:
         return found
 
 
-def verify_checkpoint(path: str | os.PathLike[str], **options: Any) -> Verification:
-    """Rescale a checkpoint in memory, a few tensors at a time, and check every value.
+def verify_checkpoint(path: str | os.PathLike[str], *, stack: str | None = None, **options: Any) -> Verification:
+    """Load a checkpoint into memory, a few tensors at a time, and check every value.
 
     Checked for each weight: no code above 0x77, finite as ml_dtypes reads IEEE e4m3, the codes those that ml_dtypes
     rounds to, the value in float64 what it was but for those codes; a weight that fits untouched; its scale exactly
@@ -92,20 +96,23 @@ def verify_checkpoint(path: str | os.PathLike[str], **options: Any) -> Verificat
 
     Args:
         path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
+        stack: ``"nxd"`` or ``"vllm-neuron"``, for the load that ``neuron-fp8 config`` tells people to use there; None
+            for a load with the options alone.
         **options: see ``Options``.
 
     Raises:
         Fp8LoaderError: the checkpoint cannot be read or planned. What a load would refuse is a problem, not an error.
     """
     begin = time.perf_counter()
-    chosen = Options.of(options)
-    checkpoint = open_checkpoint(path, download=chosen.download)
-    result = Verification(str(path))
-    found = scan(checkpoint, recipe_for(checkpoint, chosen), chosen)
+    checkpoint = open_checkpoint(path, download=bool(options.get("download")))
+    aim = aim_for(checkpoint, stack, options)
+    chosen = aim.options
+    result = Verification(str(path), stack=aim.stack)
+    found = scan(checkpoint, aim.recipe, chosen, aim.refusals)
     result.problems += found.refusals
     if not found.refusals:
         with _Original(checkpoint) as original, _progress(checkpoint, chosen) as advance:
-            parts = Parts(checkpoint, recipe_for(checkpoint, chosen), found.verdict, chosen)
+            parts = Parts(checkpoint, aim.recipe, found.verdict, chosen)
             _Check(result, found, original, parts, chosen, advance).run()
     result.seconds = time.perf_counter() - begin
     return result
@@ -296,22 +303,38 @@ class _Comparison:
         self.old_plan, self.new_plan, self.threads = old_plan, new_plan, options.thread_count()
         self.old_covers = {pair.weight: pair.granularity for pair in old_plan.pairs}
         self.new_covers = {pair.weight: pair.granularity for pair in new_plan.pairs}
+        self.unused = 0
+
+        self.modules = {pair.weight: pair.module for pair in old_plan.pairs}
+        self.by_module = {pair.module: pair.weight for pair in new_plan.pairs}
+
+    def _renamed(self, name: str) -> str:
+        """The copy's name of a weight: that of the original, or what its module has there."""
+        tensors = self.new_plan.tensors
+        module = self.modules.get(name, "")
+        found = self.by_module.get(module) or f"{module}.weight"
+        return name if name in tensors or found not in tensors else found
 
     def run(self, advance: Any) -> None:
         old, new = self.old_plan.tensors, self.new_plan.tensors
         weights = {p.weight: p.scale for p in self.old_plan.pairs}
         weights |= dict.fromkeys((*self.old_plan.unscaled, *self.old_plan.other_formats), "")
         activations = {a.name for a in self.old_plan.activation_scales}
-        accounted = set(weights.values()) | {self.new_plan.scale_of.get(name, "") for name in weights}
+        names = {name: self._renamed(name) for name in weights}
+        accounted = {*weights.values(), *names.values()}
+        accounted |= {self.new_plan.scale_of.get(name, "") for name in names.values()}
+        plain = not self.new_plan.fp8_weights
         factors: list[float] = []
         missing = []
         for name, info in old.items():
             if name in weights:
-                missing += [] if name in new else [name]
-                if name in new:
-                    self._weight(name, info)
+                missing += [] if names[name] in new else [name]
+                if names[name] in new:
+                    self._weight(name, names[name], info)
             elif name in accounted:
                 pass  # compared with its weight
+            elif name not in new and name in activations and plain:
+                self.unused += 1
             elif name not in new:
                 missing.append(name)
             elif name in activations and old[name].shape == new[name].shape:
@@ -321,9 +344,10 @@ class _Comparison:
             advance(info.nbytes)
         self._summarize(missing, [n for n in new if n not in old and n not in accounted], factors)
 
-    def _weight(self, name: str, info: TensorInfo) -> None:
-        scale, new_scale = self.old_plan.scale_of.get(name), self.new_plan.scale_of.get(name)
-        new = Side(self.new.get(name), self.new.get(new_scale) if new_scale else None, self._covers(name, new_scale))
+    def _weight(self, name: str, new_name: str, info: TensorInfo) -> None:
+        scale, new_scale = self.old_plan.scale_of.get(name), self.new_plan.scale_of.get(new_name)
+        covers = self._covers(name, new_name, new_scale)
+        new = Side(self.new.get(new_name), self.new.get(new_scale) if new_scale else None, covers)
         old = Side(self.old.get(name), self.old.get(scale) if scale else None, self.old_covers.get(name, TENSOR))
         check = WeightCheck(name, info.numel)
         try:
@@ -336,12 +360,12 @@ class _Comparison:
             check.problem = str(error).removeprefix(f"{name}: ")
         self.result.weights.append(check)
 
-    def _covers(self, name: str, scale: str | None) -> Granularity:
+    def _covers(self, name: str, new_name: str, scale: str | None) -> Granularity:
         """What the copy's scale covers: where its shape is the original's, the same, whatever its name suggests."""
         before = self.old_plan.scale_of.get(name)
         if scale and before and self.new_plan.tensors[scale].shape == self.old_plan.tensors[before].shape:
             return self.old_covers[name]
-        return self.new_covers.get(name, TENSOR)
+        return self.new_covers.get(new_name, TENSOR)
 
     def _factors(self, name: str) -> list[float]:
         was, now = scale_values(self.old.get(name)), scale_values(self.new.get(name))
@@ -352,6 +376,8 @@ class _Comparison:
         result = self.result
         result.problems += [f"{name}: is missing from {result.source}" for name in missing]
         result.notes += [f"{name}: is not in the original" for name in extra]
+        if self.unused:
+            result.notes.append(f"{self.unused} activation and KV scales are left out of a copy that is not quantized")
         if factors:
             result.activation_factors = (_tidy(min(factors)), _tidy(max(factors)))
             rescaled = any(weight.factor not in (None, 1.0) for weight in result.weights)

@@ -18,6 +18,10 @@ UPDATE = bool(os.environ.get("NEURON_FP8_UPDATE_GOLDEN"))
 """Set to write golden files and docs/cli.md anew instead of comparing with them."""
 
 
+KEEP = ("--layout", "keep")
+"""Shapes and names as on disk, for tests of what every load does."""
+
+
 def run(*args: object) -> Result:
     """Run ``neuron-fp8``; a traceback fails the test."""
     result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="neuron-fp8")

@@ -137,7 +137,7 @@ def test_no_fp8_is_a_finding(tmp_path: Path) -> None:
     path = single(tmp_path / "c", {"m.weight": torch.ones(4, 4, dtype=torch.bfloat16)})
     data = run_json("config", path, code=1)
     assert data["neuron_config"] == {}
-    assert "no float8_e4m3fn weights" in run("config", path).stdout
+    assert "no FP8 weights" in run("config", path).stdout
 
 
 def test_wrong_use() -> None:
@@ -147,3 +147,65 @@ def test_wrong_use() -> None:
         settings_for(TINY, tp_degree=0)
     with pytest.raises(OptionError):
         settings_for(TINY, method="clamp")
+
+
+# -- what would not load -------------------------------------------------------------------------------------------
+
+
+def test_config_refuses_what_inspect_says_will_be_refused(tmp_path: Path) -> None:
+    nan = layer(0) | {"x.weight": codes(0x7F, shape=(4, 4)), "x.weight_scale": torch.ones(1)}
+    bare = layer(0) | {"y.weight": codes(0x7E, shape=(4, 4))}
+    scale = layer(0) | {"z.weight": codes(0x10, shape=(4, 4)), "z.weight_scale": torch.tensor([float("nan")])}
+    fnuz = {"w.weight": torch.ones(4, 4).to(torch.float8_e4m3fnuz), "w.weight_scale": torch.ones(1)}
+    for name, tensors in {"nan": nan, "bare": bare, "scale": scale, "fnuz": fnuz}.items():
+        path = single(tmp_path / name, tensors)
+        for stack in ("nxd", "vllm-neuron"):
+            reasons = run_json("inspect", path, "--for", stack, code=1)["refusals"]
+            done = run("config", path, "--for", stack)
+            assert done.exit_code == 1, (name, stack)
+            assert done.stdout == ""
+            assert len(done.stderr.splitlines()) == len(reasons) > 0
+            assert run_json("config", path, "--for", stack, code=1)["refusals"] == reasons
+        quick = run("config", path, "--headers-only").exit_code
+        assert quick == (1 if name == "fnuz" else 0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tp", "said"),
+    [
+        ((4, 2), 2, ""),
+        ((8, 4), 2, ""),
+        ((4, 2), 8, "pads the 4 attention heads with zeros to 8 and gives each of the 2 KV heads to 4 ranks"),
+        ((6, 2), 4, "pads the 6 attention heads with zeros to 8 and gives each of the 2 KV heads to 2 ranks"),
+        ((4, 4), 3, "pads the 4 attention and KV heads with zeros to 6"),
+        ((4, None), 8, "pads the 4 attention and KV heads with zeros to 8"),
+        ((4, 2), 3, None),
+        ((8, 4), 6, None),
+        ((6, 3), 2, None),
+    ],
+)
+def test_degrees_that_do_not_divide_the_heads(
+    tmp_path: Path, heads: tuple[int, int | None], tp: int, said: str | None
+) -> None:
+    """``tests/integrations/real_cases.py`` holds the same against the real NxD."""
+    path = single(tmp_path / "c", layer(0))
+    config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    declared = {"quantization_config": {"quant_method": "fp8"}}
+    for text in (config, {"text_config": config}):
+        (path / "config.json").write_text(json.dumps({**text, **declared}))
+        if said is None:
+            assert f"--tp {tp}: " in (line := one_line(run("config", path, "--tp", tp)))
+            assert "KV heads" in line
+            continue
+        (note,) = run_json("config", path, "--tp", tp, code=0)["notes"] or [""]
+        assert said in note
+        assert bool(note) == bool(said)
+    (path / "config.json").write_text(json.dumps({**config, **declared, "kv_lora_rank": 512}))
+    assert run_json("config", path, "--tp", tp, code=0)["notes"] == []
+
+
+def test_a_scale_of_one_value_is_not_padded(tmp_path: Path) -> None:
+    path = single(tmp_path / "c", {"m.weight": codes(0x7E, shape=(4, 4)), "m.weight_scale": torch.ones(1)})
+    (path / "config.json").write_text('{"num_attention_heads": 4}')
+    kinds = [settings_for(path, tp_degree=tp).neuron_config["quantization_type"] for tp in (2, 3, 8)]
+    assert kinds == ["per_tensor_symmetric", "per_channel_symmetric", "per_tensor_symmetric"]

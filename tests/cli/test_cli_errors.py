@@ -194,7 +194,7 @@ def entry_point(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("args", "code"),
     [
-        (("inspect", TINY), 1),
+        (("inspect", TINY), 0),
         (("config", TINY, "--tp", "2"), 0),
         (("verify", TINY), 0),
         (("export", TINY, "OUT"), 0),

@@ -46,7 +46,7 @@ def test_config_with_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_config_without_fp8(tmp_path: Path) -> None:
     done = run("config", shared("ct_nvfp4"), "--for", "vllm-neuron")
-    assert (done.exit_code, "the flag is not needed" in done.stdout) == (1, True)
+    assert (done.exit_code, "no FP8 weights: NVFP4" in done.stdout) == (1, True)
     done = run("config", shared("modelopt_fp8_kv"), "--for", "vllm-neuron", "--modules-file", tmp_path / "m")
     assert (done.exit_code, "NxD Inference" in done.stderr) == (2, True)
 

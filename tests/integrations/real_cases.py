@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 import neuron_fp8_loader
 from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.integrations.loading import READERS
+from neuron_fp8_loader.tools.export import prepare_export
+from neuron_fp8_loader.tools.heads import Heads
+from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.checkpoints import same_for_the_device
 from tests.support import ROOT, SHARED, TINY, ieee_e4m3
 
@@ -442,3 +445,39 @@ def test_nxd_inference_example(tmp_path: Path) -> None:
     app = importlib.import_module("nxd_inference").build(str(tmp_path), on_cpu=True)
     assert app.neuron_config.modules_to_not_convert == ["lm_head"]
     assert same_for_the_device(app.checkpoint_loader_fn(), original, exact=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf_fp8_block", "ct_fp8_dynamic", "modelopt_fp8", "torchao_fp8_wo", "derived_split_shards"]
+)
+def test_a_copy_needs_neither_flag_nor_hook(tmp_path: Path, name: str) -> None:
+    """``export --for nxd``: bit for bit the logits that the original gives under the flag."""
+    path, out = SHARED / name, tmp_path / "out"
+    wanted = logits(path, ieee=True, **settings_for(path).neuron_config)
+    prepare_export(path, out, stack="nxd").run()
+    keywords = settings_for(out).neuron_config
+    del keywords["fp8_rescale"]
+    neuron_fp8_loader.disable()
+    assert torch.equal(logits(out, ieee=True, **keywords), wanted)
+    assert bool(wanted.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("flavour", "heads", "tp"),
+    [("channel", (4, 2), 3), ("channel", (6, 2), 4), ("channel", (4, 2), 8), ("channel", (8, 4), 6),
+     ("tensor", (4, 4), 3), ("tensor", (4, 4), 8), ("tensor", (4, 2), 3), ("block", (4, 4), 3)],
+)  # fmt: skip
+def test_which_degrees_are_sharded(tmp_path: Path, flavour: str, heads: tuple[int, int], tp: int) -> None:
+    path, out = tmp_path / "c", tmp_path / "out"
+    H.make_tiny_checkpoint(path, 0, flavour, layers=1, heads=heads[0], kv_heads=heads[1])
+    config = settings_for(path).neuron_config
+    if not Heads(*heads).is_sharded(tp):
+        with pytest.raises(OptionError, match="neither divide"):
+            settings_for(path, tp_degree=tp)
+        with pytest.raises(RuntimeError):  # what NxD says of it
+            H.shard_on_cpu(H.build_app(path, **config, tp_degree=tp), out)
+        return
+    if Heads(*heads).pads_scales(tp) and flavour == "tensor":
+        with pytest.raises(RuntimeError):
+            H.shard_on_cpu(H.build_app(path, **config, tp_degree=tp), out)
+    H.shard_on_cpu(H.build_app(path, **settings_for(path, tp_degree=tp).neuron_config), out)
