@@ -3,8 +3,9 @@
 What lies in the local cache is taken from there, without the network; a download happens only where it is asked for.
 Headers alone can be read from the Hub itself, by requests for ranges.
 
-Facts, read in huggingface_hub 0.36, 1.33 and 2.4: ``snapshot_download(local_files_only=True)`` may give a snapshot
-that is not whole; HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are read by the library.
+Facts, read and tried in huggingface_hub 0.36, 1.33 and 2.4: ``snapshot_download(local_files_only=True)`` gives what
+there is in the first, and in the others refuses a snapshot of which a part was asked for. HF_HOME, HF_HUB_CACHE,
+HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are read by the library.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from .remote import Entry, RemotePath, register
+from .remote import USUAL, Entry, RemotePath, register
 
 _ID = re.compile(r"(?:hf:/+)?(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?/?")
+_TELLING = ("config.json", *USUAL, "params.json", "consolidated.safetensors", "pytorch_model.bin")
 _BESIDE = ("*.json", "tokenizer*", "*.model", "*.jinja", "*.txt")
 
 
@@ -50,14 +52,12 @@ def snapshot(repository: Repository, *, download: bool = False) -> Path:
     """
     hub = _library(repository)
     reason = ""
-    try:
-        found = Path(hub.snapshot_download(repository.name, revision=repository.revision, local_files_only=True))
+    found = _cached(hub, repository)
+    if found is not None:
         reason = _what_is_missing(found)
         if not reason:
             return found
         reason = f" (what is in the cache is not whole: {reason})"
-    except (OSError, ValueError):  # LocalEntryNotFoundError is both
-        pass
     if not download:
         at = f" --revision {repository.revision}" if repository.revision else ""
         raise CheckpointError(
@@ -123,6 +123,18 @@ def _library(repository: Repository) -> Any:
             f"pip install 'neuron-fp8-loader[hub]'; or `hf download {repository.name} --local-dir DIR`, and give DIR"
         ) from error
     return huggingface_hub
+
+
+def _cached(hub: Any, repository: Repository) -> Path | None:
+    """The snapshot of a repository in the cache, of which some files may be missing."""
+    for name in _TELLING:
+        try:
+            found = hub.try_to_load_from_cache(repository.name, name, revision=repository.revision)
+        except ValueError:  # no name that the library knows
+            return None
+        if isinstance(found, str):  # else None, or a mark that the repository has no such file
+            return Path(found).parent
+    return None
 
 
 def _what_is_missing(directory: Path) -> str:

@@ -92,6 +92,9 @@ class ObjectStore:
                 raise CheckpointError(_replaced(f"{self._root}/{key}"))
             return result.bytes()
 
+    def _refused(self, code: str) -> str:
+        return _refused_by_s3(code) if self._root.startswith("s3:") else "access is denied; give other credentials"
+
     @contextmanager
     def _worded(self, key: str) -> Iterator[None]:
         """The library's errors in our words."""
@@ -111,7 +114,7 @@ class ObjectStore:
             if isinstance(error, FileNotFoundError):
                 raise
             if isinstance(error, exceptions.PermissionDeniedError) or re.search(r"status code: 40[13]", text):
-                raise PermissionError(f"{where}: {_refused(code[1] if code else '')}") from error
+                raise PermissionError(f"{where}: {self._refused(code[1] if code else '')}") from error
             if code and "Expired" in code[1]:
                 raise CheckpointError(f"{where}: the credentials have expired ({code[1]}); renew them") from error
             raise CheckpointError(f"{where}: {_reason(text)}") from error
@@ -211,7 +214,7 @@ def _replaced(where: str) -> str:
     return f"{where}: was replaced while it was read (its ETag is another); load again"
 
 
-def _refused(code: str) -> str:
+def _refused_by_s3(code: str) -> str:
     said = f" ({code})" if code else ""
     return (
         f"access is denied{said}: the credentials may lack s3:GetObject or s3:ListBucket here, or be another "
