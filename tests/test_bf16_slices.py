@@ -75,6 +75,21 @@ def test_every_index_of_a_matrix(tmp_path: Path, shape: tuple[int, ...], dtype: 
         np.testing.assert_array_equal(bf16_bits(opened[index]), whole[index], err_msg=str(index))
 
 
+def test_every_byte_of_a_scale_in_e8m0(tmp_path: Path) -> None:
+    """0 is 2^-127, a subnormal float32; 246 is the largest power of which 448 times is a bfloat16."""
+    raw = torch.arange(247, dtype=torch.uint8).repeat(200, 1)  # more than torch gets at a time
+    opened = Opened(tmp_path, random_codes((200, 247 * 32)), raw)
+    whole = bf16_reference(opened.weight, opened.scale, "block 1x32")
+    np.testing.assert_array_equal(bf16_bits(opened[:]), whole)
+    for byte in (247, 254, 255):
+        raw[199, 246] = byte
+        (tmp_path / str(byte)).mkdir()
+        opened = Opened(tmp_path / str(byte), opened.weight, raw)
+        opened[:199]
+        with pytest.raises(ScaleError, match="not finite" if byte == 255 else "not plausible"):
+            opened[199]
+
+
 EXPERTS = [
     slice(None), ..., 2, (1, slice(3, 70), slice(60, 130)), (slice(1, 3), slice(65, 66), ...),
     (slice(None), slice(32, 64), slice(64, 128)), ([3, 0], slice(5, 9)), (slice(2, 4), slice(None), 129), (0, 1, 2),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuron_fp8_loader import ScaleError, kernel
-from neuron_fp8_loader.codes.dequantize import dequantize, dequantize_slice, scale_values
+from neuron_fp8_loader.codes.dequantize import dequantize, dequantize_into, dequantize_slice, scale_values
 from neuron_fp8_loader.codes.granularity import Granularity
 
 CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8)
@@ -128,6 +128,45 @@ def test_any_rectangle(
             assert (into[:, -3:] == 7).all()
     finally:
         kernel.active = before
+
+
+@paths
+@pytest.mark.parametrize("width", [16, 32, 48, 64, 128])
+def test_groups_along_a_row(monkeypatch: pytest.MonkeyPatch, path: str, width: int) -> None:
+    """As in MX, with groups of zeros, of subnormal and of infinite products, and of another sign, among the others."""
+    monkeypatch.setattr(kernel, "active", path)
+    rng = np.random.default_rng(width)
+    rows, across = 6, 17000 // width  # more groups than have their lifts at hand
+    scale = np.exp2(rng.integers(-117, 118, (rows, across)).astype(np.float64))
+    odd = [2.0**-127, 2.0**-118, 2.0**-117, 2.0**117, 2.0**118, 2.0**127, -1.0, 0.0, -0.0, np.nan, np.inf, 1.5, 3.0]
+    scale[1] = np.where(rng.random(across) < 0.3, rng.choice(odd, across), scale[1])
+    scale[2] = rng.choice([2.0**-127, 1.0], across)
+    scale[3] = rng.choice(odd, across)
+    scale[4], scale[5] = 1.25 * scale[4], rng.uniform(1, 2, across)
+    factors = torch.from_numpy(scale.astype(np.float32))
+    for left, columns in ((0, across * width), (0, across * width - 5), (width - 16, width + 3), (3, 200), (15, 1)):
+        groups = -(-(left + columns) // width)
+        codes = torch.from_numpy(rng.integers(0, 256, (rows, columns), dtype=np.uint8))
+        got = dequantize_slice(codes, factors[:, :groups], (1, width), (0, left))
+        factor = expand(factors, (1, width), (0, left), (rows, columns))
+        np.testing.assert_array_equal(bits(got), nearest(products(codes, factor)), err_msg=f"{left}, {columns}")
+
+
+@paths
+@pytest.mark.parametrize("width", [16, 32, 64, 100])
+def test_one_nan_code_in_any_place_of_a_row_of_groups_is_seen(
+    monkeypatch: pytest.MonkeyPatch, path: str, width: int
+) -> None:
+    monkeypatch.setattr(kernel, "active", path)
+    codes = torch.full((1, 211), 0x7E, dtype=torch.uint8)
+    out, scale = torch.empty(1, 211, dtype=torch.bfloat16), torch.ones(1, -(-211 // width))
+    assert not dequantize_into(out, codes, scale, (1, width), (0, 0))
+    for place in range(211):
+        bad = codes.clone()
+        bad[0, place] = 0xFF if place % 2 else 0x7F
+        assert dequantize_into(out, bad, scale, (1, width), (0, 0))
+        assert out.isnan().sum() == 1
+        assert bool(out[0, place].isnan())
 
 
 @paths

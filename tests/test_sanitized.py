@@ -13,7 +13,7 @@ from neuron_fp8_loader.codes.dequantize import dequantize_slice
 from neuron_fp8_loader.codes.formats import HALF, RATIO
 
 SIZES = [(1, 1), (1, 31), (1, 32), (2, 33), (3, 65), (5, 128), (4, 200), (1, 4097), (70, 130)]
-BLOCKS = [(1, 1), (2, 32), (128, 128), (3, 7)]
+BLOCKS = [(1, 1), (1, 16), (1, 32), (2, 32), (128, 128), (3, 7)]
 
 
 def test_the_sanitizers_are_there() -> None:

@@ -12,7 +12,7 @@ from ..codes.dequantize import dequantize_into, scale_values
 from ..codes.granularity import Granularity
 from ..codes.scales import check_scale, is_e8m0
 from ..errors import PlanError, ScaleError, WeightError
-from ..host.grain import count, entries, mapped
+from ..host.grain import count, mapped
 from ..plan import Pair, Plan
 from ..plan.layout import can_be_dequantized, scale_shape, unknown
 from .index import Span, gathered, selectors
@@ -166,9 +166,9 @@ def _float32(part: torch.Tensor, dtype: torch.dtype, where: str, nan: str) -> to
     largest = torch.finfo(_BFLOAT16).max / torch.finfo(dtype).max
     if is_e8m0(part):
         top = 127 + int(math.log2(largest))
-        implausible = count(lambda raw: raw > top, part.view(torch.uint8))
-        powers = scale_values(torch.arange(256, dtype=torch.uint8, device="cpu")).float()
-        values = mapped(lambda raw: entries(powers, raw), part.view(torch.uint8), torch.float32)
+        raw = part.view(torch.uint8)
+        values = mapped(_powers, raw, torch.float32)
+        implausible = count(lambda some: some.max() > top, raw) if raw.numel() else 0  # in so many pieces
     else:
         values = mapped(torch.Tensor.float, part, torch.float32)
         implausible = count(lambda some: ~(some.abs() <= largest), values)
@@ -178,4 +178,16 @@ def _float32(part: torch.Tensor, dtype: torch.dtype, where: str, nan: str) -> to
             f"{where}: a scale of {float(scale_values(part).abs().max()):g} takes values beyond bfloat16; it is not "
             "plausible"
         )
+    return values
+
+
+def _powers(raw: torch.Tensor) -> torch.Tensor:
+    """float32 of e8m0 bytes, which are its exponents; but 0 is 2^-127, a subnormal, and 255 NaN."""
+    values = (raw.int() << 23).view(torch.float32)
+    if raw.numel():
+        least, most = raw.reshape(-1).aminmax()
+        if int(least) == 0:
+            values = torch.where(raw == 0, 2.0**-127, values)
+        if int(most) == 255:
+            values = torch.where(raw == 255, torch.nan, values)
     return values

@@ -28,9 +28,21 @@ typedef struct {
  * otherwise. */
 typedef int (*fp8_bf16_fn)(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
 
+/* The same with a lift for each sixteen codes, instead of the table's: small groups whose scales differ in the exponent
+ * alone, as all of MX do, have one table. `table` is regular and has no flip; `lifts` has an even number of entries. */
+typedef int (*fp8_bf16_lifted_fn)(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table,
+                                  const uint16_t *lifts);
+
+typedef struct {
+    fp8_bf16_fn run;
+    fp8_bf16_lifted_fn lifted;
+    int whole; /* whether they need all codes of a regular table, not only what its first sixteen tell */
+} fp8_dequantizer;
+
+extern const fp8_dequantizer fp8_dequantizer_portable;
 int fp8_bf16_portable(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
 #ifdef FP8_HAVE_AVX2
-int fp8_bf16_avx2(const uint8_t *src, uint16_t *dst, size_t n, const fp8_bf16_table *table);
+extern const fp8_dequantizer fp8_dequantizer_avx2;
 #endif
 
 /* A part of a matrix whose blocks have a scale each. */
@@ -43,6 +55,7 @@ typedef struct {
 
 /* scales: of the blocks that the part touches, ceil((top + rows) / height) x ceil((left + columns) / width). Tells
  * whether a code was NaN. */
-int fp8_dequantize(fp8_bf16_fn run, const uint8_t *src, uint16_t *dst, const fp8_part *part, const float *scales);
+int fp8_dequantize(const fp8_dequantizer *by, const uint8_t *src, uint16_t *dst, const fp8_part *part,
+                   const float *scales);
 
 #endif

@@ -20,15 +20,15 @@ static const struct {
     const char *name;
     fp8_translate_fn translate;
     const fp8_requantizer *requantizer;
-    fp8_bf16_fn bf16;
+    const fp8_dequantizer *dequantizer;
 } PATHS[] = {
 #ifdef FP8_HAVE_AVX2
-    {"avx2", fp8_translate_avx2, &fp8_requantizer_avx2, fp8_bf16_avx2},
+    {"avx2", fp8_translate_avx2, &fp8_requantizer_avx2, &fp8_dequantizer_avx2},
 #endif
 #ifdef FP8_HAVE_NEON
-    {"neon", fp8_translate_neon, &fp8_requantizer_portable, fp8_bf16_portable},
+    {"neon", fp8_translate_neon, &fp8_requantizer_portable, &fp8_dequantizer_portable},
 #endif
-    {"portable", fp8_translate_portable, &fp8_requantizer_portable, fp8_bf16_portable},
+    {"portable", fp8_translate_portable, &fp8_requantizer_portable, &fp8_dequantizer_portable},
 };
 #define N_PATHS (sizeof PATHS / sizeof *PATHS)
 
@@ -236,7 +236,7 @@ static PyObject *dequantize(PyObject *self, PyObject *args) {
     int nan = 0;
     if (rows && columns) {
         Py_BEGIN_ALLOW_THREADS
-        nan = fp8_dequantize(PATHS[path].bf16, bytes_at(src), (uint16_t *)(uintptr_t)dst.at, &part,
+        nan = fp8_dequantize(PATHS[path].dequantizer, bytes_at(src), (uint16_t *)(uintptr_t)dst.at, &part,
                              (const float *)(uintptr_t)scales.at);
         Py_END_ALLOW_THREADS
     }
