@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,12 @@ def _of_safetensors(file: Path, known: Stamp, digest: bytes) -> Header:
         with safetensors.safe_open(str(file), framework="pt", device="cpu") as parsed:
             count = len(parsed.keys())
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        unknown = re.search(r"unknown variant `(\w+)`", str(error))
+        if unknown and unknown[1] in _DTYPES:  # F8_E4M3FNUZ came with 0.8
+            raise CheckpointError(
+                f"{file}: safetensors {safetensors.__version__} does not know the dtype {unknown[1]}, which it has; "
+                "pip install --upgrade safetensors"
+            ) from error
         raise CheckpointError(
             f"{file}: not a complete safetensors file ({error}); if it was downloaded, download it again"
         ) from error
