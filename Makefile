@@ -37,6 +37,9 @@ install: $(VENV)/.package
 
 demo: $(VENV)/.package
 	@$(BIN)/python examples/demo.py
+	@echo
+	@echo "Your own checkpoint, a directory or a .safetensors file:"
+	@echo "  $(BIN)/neuron-fp8 inspect PATH"
 
 # what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last;
 # the slower paths before it, side by side

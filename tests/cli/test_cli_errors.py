@@ -130,9 +130,15 @@ def test_unreadable(tmp_path: Path) -> None:
     assert "model.safetensors" in one_line(run("inspect", path))
 
 
-@pytest.mark.parametrize("args", [(), ("inspect",), ("fix", "x"), ("inspect", "x", "--method", "quarter")])
+@pytest.mark.parametrize("args", [("inspect",), ("fix", "x"), ("inspect", "x", "--method", "quarter")])
 def test_wrong_use(args: tuple[str, ...]) -> None:
     assert run(*args).exit_code == 2
+
+
+def test_no_command_shows_what_there_is() -> None:
+    result = run()
+    assert result.exit_code in (0, 2)  # click 8.1 calls it help, 8.2 wrong use
+    assert "doctor" in result.output
 
 
 def test_plot_of_headers_is_wrong_use(tmp_path: Path) -> None:
