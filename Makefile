@@ -26,7 +26,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard neuron_fp8_loader/codes/_native/*)
-	$(PIP) -e .
+	$(PIP) -e '.[verify]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.package

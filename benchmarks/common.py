@@ -184,7 +184,7 @@ def plotting() -> Any | None:
         import altair
         import vl_convert  # noqa: F401
     except ImportError:
-        console.print("[yellow]no picture: altair is not installed (pip install 'neuron-fp8-loader[bench]')[/yellow]")
+        console.print("[yellow]no picture: altair is not installed (pip install altair vl-convert-python)[/yellow]")
         return None
     return altair
 

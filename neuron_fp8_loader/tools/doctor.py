@@ -185,7 +185,7 @@ def _vllm() -> Iterator[Finding]:
             "vllm",
             PROBLEM if version else NOTE,
             "the hook is not registered: neuron-fp8-loader is not installed, only on the path",
-            "pip install neuron-fp8-loader in vLLM's environment",
+            "in vLLM's environment: pip install . in a clone of this package, or its wheel",
         )
     elif allowed is not None and hooks[0].name not in allowed.split(","):
         yield Finding(
@@ -241,7 +241,12 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("kernel", NOTE, f"torch, forced by {kernel.ENV}; {paths[0]} is faster", f"unset {kernel.ENV}")
     else:
         text = "torch: the native kernel was not built; same bytes, but slower"
-        yield Finding("kernel", NOTE, text, "install gcc, then pip install --force-reinstall --no-deps this package")
+        yield Finding(
+            "kernel",
+            NOTE,
+            text,
+            "install gcc, then in a clone of this package: pip install --force-reinstall --no-deps .",
+        )
 
 
 def _threads() -> Iterator[Finding]:
