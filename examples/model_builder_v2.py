@@ -38,4 +38,6 @@ def main(checkpoint: str, output: str, tp_degree: str = "2") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

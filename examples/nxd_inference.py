@@ -49,4 +49,6 @@ def main(checkpoint: str, compiled: str, tp_degree: str = "2") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -37,4 +37,6 @@ def main(checkpoint: str, tp_degree: str = "2") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 1:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -109,6 +109,17 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] 
     return path
 
 
+E8M0_OR_ITS_BYTES = (
+    torch.uint8,
+    pytest.param(
+        getattr(torch, "float8_e8m0fnu", None),
+        marks=pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="e8m0 needs torch 2.7 or newer"),
+        id="e8m0",
+    ),
+)
+"""For ``parametrize``: the two dtypes that hold power-of-two scales, of which torch 2.5 and 2.6 have one."""
+
+
 def can_save(dtype: torch.dtype) -> bool:
     """Can this safetensors write it? Not every version knows every FP8 dtype."""
     try:

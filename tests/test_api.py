@@ -60,7 +60,7 @@ torch.set_default_device("meta")
 import neuron_fp8_loader as n
 [getattr(n, name) for name in n.__all__]  # imported when asked for
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-heavy = new & {"numpy", "rich", "click", "transformers", "matplotlib", "plotly", "ml_dtypes", "vllm",
+heavy = new & {"numpy", "rich", "click", "transformers", "altair", "ml_dtypes", "vllm",
                "torch_neuronx", "neuronx_distributed", "neuronx_distributed_inference", "torch_xla", "nki"}
 assert not heavy, heavy
 values = n.neuron_view(torch.tensor([0x38, 0x78], dtype=torch.uint8, device="cpu"))

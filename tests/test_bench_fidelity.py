@@ -117,5 +117,5 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(fidelity.main, options)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "fidelity.json").read_text())["results"]["real"] == []
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("altair")
     assert (tmp_path / "fidelity.png").stat().st_size > 10_000

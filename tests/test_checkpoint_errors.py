@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from support import header, save, save_shards, write_index
 
@@ -97,6 +98,23 @@ def test_nothing_there(tmp_path):
     assert "expected a directory, a .safetensors or .bin file, or an index" in error_of(tmp_path / "notes.txt")
     with pytest.raises(CheckpointError, match="takes one"):
         load_file(tmp_path)
+
+
+def test_a_dtype_that_an_old_safetensors_does_not_know_is_no_damage(tmp_path, monkeypatch):
+    tensor = {"dtype": "F8_E4M3FNUZ", "shape": [24], "data_offsets": [0, 24]}
+    (tmp_path / "model.safetensors").write_bytes(header({"a.weight": tensor}))
+
+    def old(*args, **kwargs):  # what 0.6.1 says
+        raise safetensors.SafetensorError(
+            "Error while deserializing header: invalid JSON in header: unknown variant `F8_E4M3FNUZ`, expected one of "
+            "`BOOL`, `F4` at line 1 column 153"
+        )
+
+    monkeypatch.setattr(safetensors, "safe_open", old)
+    text = error_of(tmp_path)
+    assert "does not know the dtype F8_E4M3FNUZ" in text
+    assert "pip install --upgrade safetensors" in text
+    assert "download" not in text
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 20, -1, -5])

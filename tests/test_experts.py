@@ -92,7 +92,7 @@ def test_a_swap_is_seen(kind):
     assert_right(sd, right, kind, 25)
     for end in ("weight", "scale"):
         for swap in ([1, 0, 2, 3], [0, 1, 3, 2]):
-            wrong = {**right, f"{DOWN}.{end}": right[f"{DOWN}.{end}"][swap]}
+            wrong = {**right, f"{DOWN}.{end}": torch.stack([right[f"{DOWN}.{end}"][i] for i in swap])}
             with pytest.raises(AssertionError):
                 assert_right(sd, wrong, kind, 25)
         rolled = right[f"{GATE_UP}.{end}"].view(torch.uint8 if end == "weight" else torch.float32).roll(128, 2)

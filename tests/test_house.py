@@ -69,3 +69,11 @@ def test_files_can_be_read_in_one_sitting() -> None:
 def test_the_native_module_has_one_door() -> None:
     users = [file for file in FILES if re.search(r"import _kernel\b|_kernel import", file.read_text())]
     assert {str(file.relative_to(PACKAGE)) for file in users} == {"codes/kernel.py"}
+
+
+def test_the_native_module_built_anywhere_runs_on_every_python() -> None:
+    """Lengths by "#" mean int or Py_ssize_t by what the headers at build time made of them: 3.13's break in 3.12."""
+    for file in (PACKAGE / "codes" / "_native").glob("*.c"):
+        formats = re.findall(r'Py(?:Arg_Parse|_BuildValue)\w*\([^"]*"([^":]*)', file.read_text())
+        assert not any("#" in text for text in formats), file
+    assert "Py_LIMITED_API 0x030A0000" in (PACKAGE / "codes" / "_native" / "arguments.h").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import e4m3fn, ieee_e4m3, raw, save_shards, shared, sqnr
+from support import E8M0_OR_ITS_BYTES, e4m3fn, ieee_e4m3, raw, save_shards, shared, sqnr
 
 from neuron_fp8_loader import (
     CheckpointError,
@@ -135,7 +135,7 @@ def test_expert_blocks() -> None:
         assert torch.equal(one["a.weight_scale"], out["e.gate_up_proj_scale_inv"][k])
 
 
-@pytest.mark.parametrize("as_dtype", [torch.uint8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("as_dtype", E8M0_OR_ITS_BYTES)
 def test_e8m0_becomes_float32(as_dtype: torch.dtype) -> None:
     w = weight(64, 96)
     codes = torch.randint(110, 125, (64, 3), dtype=torch.uint8)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import expanded, values
 from safetensors.torch import save_file
-from support import e4m3fn, fp8, ieee_e4m3, raw, shared, sqnr
+from support import E8M0_OR_ITS_BYTES, e4m3fn, fp8, ieee_e4m3, raw, shared, sqnr
 
 import neuron_fp8_loader
 from neuron_fp8_loader import (
@@ -96,7 +96,7 @@ def test_02_a_raw_cast_that_fits_passes(tmp_path: Path) -> None:
 
 
 # 3. e8m0 scales
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("dtype", E8M0_OR_ITS_BYTES)
 def test_03_e8m0_scales_double_by_their_byte(dtype: torch.dtype, tmp_path: Path) -> None:
     scale = torch.arange(254, dtype=torch.uint8).reshape(254, 1)
     weight = codes(*[0x7E] * 254 * 32).reshape(254, 32)
@@ -106,7 +106,7 @@ def test_03_e8m0_scales_double_by_their_byte(dtype: torch.dtype, tmp_path: Path)
     np.testing.assert_array_equal(got, 2 * scale.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("dtype", E8M0_OR_ITS_BYTES)
 @pytest.mark.parametrize("byte", [254, 255])
 def test_03_e8m0_254_and_255_are_errors(dtype: torch.dtype, byte: int, tmp_path: Path) -> None:
     scale = torch.tensor([[120], [byte]], dtype=torch.uint8).view(dtype)

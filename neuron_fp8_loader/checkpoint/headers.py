@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from ..codes.formats import E4M3FN, E4M3FNUZ
 from ..errors import CheckpointError, Shown
 from ..host.cache import cached
+from ..host.memory import needing
 from .bin import load_bin
 from .given import refuse_stand_in
 from .info import TensorInfo, describe
@@ -102,17 +104,33 @@ def _raw(file: Path, handle: int, known: Stamp) -> bytes:
     return begin[:8] + read_at(file, handle, 8, length)
 
 
+def _refused(file: Path, error: Exception) -> CheckpointError:
+    unknown = re.search(r"unknown variant `(\w+)`", str(error))
+    if unknown and unknown[1] in _DTYPES:  # F8_E4M3FNUZ came with 0.8
+        return CheckpointError(
+            f"{file}: safetensors {safetensors.__version__} does not know the dtype {unknown[1]}, which it has; "
+            "pip install --upgrade safetensors"
+        )
+    return CheckpointError(
+        f"{file}: not a complete safetensors file ({error}); if it was downloaded, download it again"
+    )
+
+
 def _of_safetensors(file: Path, known: Stamp, digest: bytes) -> Header:
     with opened(file) as (handle, now):
         raw = _raw(file, handle, now)
-    try:
-        # its own parser is the judge of what is sound: names, offsets end to end, no byte left over
-        with _in_full(file, raw, known) as here, safetensors.safe_open(here, framework="pt", device="cpu") as parsed:
-            count = len(parsed.keys())
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{file}: not a complete safetensors file ({error}); if it was downloaded, download it again"
-        ) from error
+    with needing(known.size, Shown(file)):
+        try:
+            # its own parser is the judge of what is sound: names, offsets end to end, no byte left over
+            with (
+                _in_full(file, raw, known) as here,
+                safetensors.safe_open(here, framework="pt", device="cpu") as parsed,
+            ):
+                count = len(parsed.keys())
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            if "(os error 12)" in str(error):  # it maps the whole file
+                raise MemoryError(str(error)) from error
+            raise _refused(file, error) from error
     content = parse_json(file, raw[8:])
     check_unchanged(file, known)  # else one of them saw another file
     if hashlib.sha256(raw).digest() != digest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -53,6 +54,7 @@ def main() -> None:
     Example:
       neuron-fp8 inspect ./Llama-3.1-8B-FP8
     """
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs none for what is done here
 
 
 for command in (inspect, config, verify, export, doctor):

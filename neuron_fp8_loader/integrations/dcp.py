@@ -104,7 +104,7 @@ class NeuronStorageReader(HuggingFaceStorageReader):
             log.warning("%s: %s", printable(str(self.path)), warning)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Start over, on another checkpoint if ``checkpoint_id`` is the path of one; called by ``dcp.load``."""
+        """Start over, on another checkpoint if its path is given; called by ``dcp.load``."""
         super().reset(checkpoint_id)
         if checkpoint_id:
             self._open()

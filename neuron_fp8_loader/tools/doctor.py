@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from importlib import metadata
+from platform import python_version
 
 import torch
 
@@ -17,7 +17,9 @@ from ..errors import OptionError
 from ..integrations import vllm_neuron
 from ..integrations.vllm_neuron import flag as vllm_neuron_flag
 from ..options import THREADS_ENV, Options
+from . import device
 from .settings import ENVIRONMENT
+from .stack import Stack, installed, module_is_there, sdk
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -43,7 +45,8 @@ class Finding:
     """One thing looked at.
 
     Attributes:
-        topic: ``"platform"``, ``"packages"``, ``"environment"``, ``"vllm"``, ``"kernel"`` or ``"threads"``.
+        topic: ``"platform"``, ``"stack"``, ``"packages"``, ``"environment"``, ``"vllm"``, ``"kernel"``,
+            ``"threads"`` or ``"device"``.
         level: ``"ok"``, ``"note"`` (good to know) or ``"problem"`` (FP8 will not work, or not well).
         text: what was found.
         todo: what to do about it, "" if nothing.
@@ -55,17 +58,18 @@ class Finding:
     todo: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at everything."""
+def examine(*, run: bool = False) -> list[Finding]:
+    """Look at everything; with ``run``, compile and run a layer on the device, too (some seconds)."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _platform,
+        _stack,
         _packages,
         _environment,
         _vllm,
         _kernel,
         _threads,
     )
-    return [finding for check in checks for finding in check()]
+    return [finding for check in (*checks, *([_device] if run else [])) for finding in check()]
 
 
 def _platform() -> Iterator[Finding]:
@@ -83,13 +87,59 @@ def _platform() -> Iterator[Finding]:
         yield Finding("platform", OK, text)
 
 
+def _installed() -> Stack:
+    there = {module: module_is_there(module) for module in NEURON_PACKAGES.values()}
+    return installed(there, _version("vllm") is not None)
+
+
+def _stack() -> Iterator[Finding]:
+    stack, target = _installed(), platform()
+    runs = stack.nxdi or stack.plugin or stack.torch_neuronx
+    if stack.plugin and not stack.nxdi and target in ("trn1", "inf2"):
+        text = f"the vLLM Neuron plugin without NxD Inference does not run on {target}"
+        yield Finding("stack", PROBLEM, text, "on trn1 and inf2: vLLM on NxD Inference, of Neuron SDK 2.31 or older")
+    else:
+        yield Finding("stack", OK if runs else NOTE, stack.describe())
+    real = {name: _version(name) if module_is_there(module) else None for name, module in NEURON_PACKAGES.items()}
+    found = sdk(real)
+    if found and found[0]:
+        yield Finding("stack", OK, f"Neuron SDK {found[0]}, by {found[1]}")
+    elif found:
+        yield Finding("stack", NOTE, f"Neuron SDK not known, by {found[1]}: none of 2.25 to 2.33 had it")
+
+
+def _device() -> Iterator[Finding]:
+    gone = device.missing()
+    if gone:
+        yield Finding("device", PROBLEM, *gone)
+        return
+    try:
+        seen = device.read_codes(device.neuron)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding(
+            "device", PROBLEM, f"the smallest FP8 layer does not run: {first}", "see docs/troubleshooting.md"
+        )
+        return
+    target = platform()
+    if not seen.right:
+        yield Finding("device", PROBLEM, seen.describe(), "please open an issue with this output")
+    elif (seen.above == "256") == needs_rescale(target):
+        text = f"{seen.describe()}; unexpected on {target or 'a platform that cannot be told'}"
+        yield Finding("device", PROBLEM, text, "please open an issue with this output")
+    elif seen.subnormals == "flushed":
+        yield Finding("device", NOTE, f"{seen.describe()}; halved weights below 2^-5 (of 448) become 0")
+    else:
+        yield Finding("device", OK, seen.describe())
+
+
 def _packages() -> Iterator[Finding]:
     versions = {name: _version(name) for name in NEURON_PACKAGES}
     for name, version in versions.items():
         module = NEURON_PACKAGES[name]
         if version is None:
             continue
-        if _is_there(module):
+        if module_is_there(module):
             yield Finding("packages", OK, f"{name} {version}")
         else:
             yield Finding(
@@ -101,6 +151,8 @@ def _packages() -> Iterator[Finding]:
     if all(version is None for version in versions.values()):
         text = "no Neuron package is installed; inspect, verify and export work without"
         yield Finding("packages", NOTE, text, f"to run models: pip install from {NEURON_INDEX}")
+    ours = f"neuron-fp8-loader {_version('neuron-fp8-loader') or 'not installed, only on the path'}"
+    yield Finding("packages", OK, f"{ours}; Python {python_version()}, safetensors {_version('safetensors')}")
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     ok = found >= _MIN_TORCH
     yield Finding(
@@ -109,6 +161,9 @@ def _packages() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
+    stack = _installed()
+    if stack.plugin and not stack.nxdi:
+        return  # it reads neither
     for name, wanted in ENVIRONMENT.items():
         value = os.environ.get(name)
         if value == wanted:
@@ -130,7 +185,7 @@ def _vllm() -> Iterator[Finding]:
             "vllm",
             PROBLEM if version else NOTE,
             "the hook is not registered: neuron-fp8-loader is not installed, only on the path",
-            "pip install neuron-fp8-loader in vLLM's environment",
+            "in vLLM's environment: pip install . in a clone of this package, or its wheel",
         )
     elif allowed is not None and hooks[0].name not in allowed.split(","):
         yield Finding(
@@ -142,8 +197,16 @@ def _vllm() -> Iterator[Finding]:
     elif version is None:
         yield Finding("vllm", OK, "not installed; its plugin hook is registered")
     else:
-        yield Finding("vllm", OK, f"vllm {version}: the hook is enabled in every process of it")
+        yield Finding("vllm", OK, f"vllm {version}: {_hooked(_installed())}")
     yield from _vllm_neuron(version)
+
+
+def _hooked(stack: Stack) -> str:
+    if stack.nxdi:
+        return "the hook into NxD Inference is enabled in every process of it"
+    if stack.plugin:
+        return "our plugin is loaded in every process of it; it acts on what the vLLM Neuron plugin reads"
+    return "our plugin is loaded in every process of it, and finds neither NxD Inference nor the vLLM Neuron plugin"
 
 
 def _vllm_neuron(vllm: str | None) -> Iterator[Finding]:
@@ -178,7 +241,12 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("kernel", NOTE, f"torch, forced by {kernel.ENV}; {paths[0]} is faster", f"unset {kernel.ENV}")
     else:
         text = "torch: the native kernel was not built; same bytes, but slower"
-        yield Finding("kernel", NOTE, text, "install gcc, then pip install --force-reinstall --no-deps this package")
+        yield Finding(
+            "kernel",
+            NOTE,
+            text,
+            "install gcc, then in a clone of this package: pip install --force-reinstall --no-deps .",
+        )
 
 
 def _threads() -> Iterator[Finding]:
@@ -197,10 +265,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ UPDATE = bool(os.environ.get("NEURON_FP8_UPDATE_GOLDEN"))
 KEEP = ("--layout", "keep")
 """Shapes and names as on disk, for tests of what every load does."""
 
+_APART: dict[str, Any] = {} if "mix_stderr" not in signature(CliRunner).parameters else {"mix_stderr": False}
+"""Click 8.1 is to be asked to keep stderr apart; 8.2 always does."""
+
 
 def run(*args: object) -> Result:
     """Run ``neuron-fp8``; a traceback fails the test."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="neuron-fp8")
+    result = CliRunner(**_APART).invoke(main, [str(arg) for arg in args], prog_name="neuron-fp8")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

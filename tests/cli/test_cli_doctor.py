@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from neuron_fp8_loader import kernel
-from neuron_fp8_loader.tools import doctor
+from neuron_fp8_loader.tools import device, doctor, stack
 from neuron_fp8_loader.tools.doctor import NEURON_PACKAGES
 from tests.cli.helpers import run, run_json
+from tests.support import ieee_e4m3
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +132,166 @@ def test_text_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[at].startswith("problem")
     assert lines[at + 1].strip() == "-> export UNSAFE_FP8FNCAST=1"
     assert any(f"torch {torch.__version__}" in line for line in lines)
+
+
+PLUGIN = ("vllm-neuron", "0.24.0.1.1.0", "vllm_neuron/__init__.py", "vllm_neuron/utils/checkpoints.py")
+ON_NXDI = ("vllm-neuron", "0.5.3", "vllm_neuron/__init__.py")
+NXDI = ("neuronx-distributed-inference", "0.9.17334", "neuronx_distributed_inference/__init__.py")
+CC = ("neuronx-cc", "2.24.5133.0", "neuronxcc/__init__.py")
+TORCH_NEURONX = ("torch-neuronx", "2.9.0.2.13.1", "torch_neuronx/__init__.py")
+VLLM = ("vllm", "0.24.0", "vllm/__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("packages", "starts", "sdk", "hook"),
+    [
+        ((), "none;", None, None),
+        ((TORCH_NEURONX,), "torch-neuronx without", None, None),
+        ((NXDI, CC), "NxD Inference: fp8_rescale in NeuronConfig", "2.29, by neuronx-cc 2.24.5133.0", None),
+        ((NXDI, ON_NXDI, VLLM, CC), "vLLM on NxD Inference", "2.29, by neuronx-cc 2.24.5133.0", "into NxD Inference"),
+        ((PLUGIN, VLLM), "the vLLM Neuron plugin without NxD", "2.32, by vllm-neuron", "the vLLM Neuron plugin reads"),
+        ((PLUGIN, VLLM, NXDI), "NxD Inference (fp8_rescale", "2.32, by vllm-neuron", "into NxD Inference"),
+        ((VLLM,), "none;", None, "finds neither"),
+        ((("neuronx-cc", "3.1.2", "neuronxcc/__init__.py"),), "none;", "not known, by neuronx-cc 3.1.2", None),
+    ],
+)
+def test_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: tuple[tuple[str, ...], ...], starts: str,
+    sdk: str | None, hook: str | None,
+) -> None:  # fmt: skip
+    for name in [name for name in sys.modules if name.split(".")[0] in (*NEURON_PACKAGES.values(), "vllm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")  # else torch_neuronx is asked
+    for package in packages:
+        distribution(tmp_path, *package)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    what, *more = (f["text"] for f in found("stack"))
+    assert what.startswith(starts)
+    assert [text.removeprefix("Neuron SDK ").startswith(sdk) for text in more] == [True] if sdk else not more
+    if hook:
+        (text,) = [f["text"] for f in found("vllm") if f["text"].startswith("vllm 0.24.0: ")]
+        assert hook in text
+        assert ("NxD Inference is enabled" in text) == (NXDI in packages)
+    assert bool(found("environment")) == (PLUGIN not in packages or NXDI in packages)
+
+
+def test_the_plugin_without_nxd_inference_is_not_for_trn1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "vllm_neuron" in sys.modules:
+        pytest.skip("vllm_neuron is imported here")
+    distribution(tmp_path, *PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "inf2")
+    assert found("stack")[0]["level"] == "problem"
+
+
+def test_a_placeholder_tells_no_sdk() -> None:
+    assert stack.sdk({"neuronx-cc": None, "vllm-neuron": None}) is None
+    assert stack.sdk({"neuronx-cc": "9.9", "neuronx-distributed": "0.16.25997"}) == (
+        "2.27", "neuronx-distributed 0.16.25997"
+    )  # fmt: skip
+
+
+# -- doctor --device, on devices that are not there ---------------------------------------------------------------
+
+
+def reads(how: str) -> device.Run:
+    """A device that reads FP8 as ``how`` says; IEEE e4m3 by ml_dtypes."""
+
+    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weight = module.get_buffer("weight")
+        values = weight.float() if how == "e4m3fn" else torch.from_numpy(ieee_e4m3(weight)).float()
+        if how == "flushes":
+            values[values.abs() < 2**-6] = 0
+        elif how == "off by one":
+            values = torch.from_numpy(ieee_e4m3((weight.view(torch.uint8) & 0xFE).view(weight.dtype))).float()
+        elif how == "bits":
+            values = weight.view(torch.uint8).float()
+        elif how == "refuses" and not values.isfinite().all():
+            raise RuntimeError("Failed to execute the model status=1003 message=Numerical Error")
+        return (x.float()[:, :1] * values[:, 0]).to(x.dtype)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "target", "level", "text"),
+    [
+        ("ieee", "trn2", "ok", "subnormals kept; code 0x78 read as inf; values up to 240 right: IEEE e4m3"),
+        ("flushes", "trn1", "note", "subnormals flushed; code 0x78 read as inf; values up to 240 right"),
+        ("refuses", "inf2", "ok", "subnormals kept; code 0x78 refused by the runtime; values up to 240 right"),
+        ("e4m3fn", "trn3", "ok", "code 0x78 read as 256; values up to 240 right: e4m3fn, nothing to rescale"),
+        ("e4m3fn", "trn2", "problem", "unexpected on trn2"),
+        ("ieee", "trn3", "problem", "unexpected on trn3"),
+        ("off by one", "trn2", "problem", "values up to 240 WRONG for 112 of 224 codes"),
+        ("bits", "trn2", "problem", "subnormals wrong"),
+    ],
+)
+def test_device(monkeypatch: pytest.MonkeyPatch, how: str, target: str, level: str, text: str) -> None:
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", target)
+    monkeypatch.setattr(device, "missing", lambda: None)
+    monkeypatch.setattr(device, "neuron", reads(how))
+    result = run("doctor", "--device")
+    (line,) = [line for line in result.stdout.splitlines() if line.split()[1] == "device"]
+    assert line.startswith(level)
+    assert text in line
+    assert (result.exit_code == 1) == (level == "problem")
+
+
+def test_a_device_that_does_not_compile_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("[NCC_EVRF051] Data type F8E4M3FN is not supported\nand more")
+
+    monkeypatch.setattr(device, "missing", lambda: None)
+    monkeypatch.setattr(device, "neuron", fails)
+    assert run("doctor", "--device").exit_code == 1
+    findings = run_json("doctor", "--device", code=1)["findings"]
+    assert findings[-1]["text"].endswith("does not run: [NCC_EVRF051] Data type F8E4M3FN is not supported")
+
+
+def test_without_a_device() -> None:
+    if device.missing() is None:
+        pytest.skip("there is one")
+    result = run("doctor", "--device")
+    assert result.exit_code == 1
+    assert "no Neuron device: there is no /dev/neuron0, so nothing was run" in result.stdout
+    assert "device" not in {f["topic"] for f in run_json("doctor")["findings"]}
+
+
+def test_the_layer_is_what_torch_computes() -> None:
+    """On a device that reads as torch's CPU does; the layer that is compiled, not a stand-in for it."""
+    assert device.read_codes(lambda module, x: module(x)) == device.Reading("kept", 0, "256")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_how_the_device_is_called(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    calls: list[dict[str, object]] = []
+
+    def trace(module: torch.nn.Module, inputs: tuple[torch.Tensor], **options: object) -> object:
+        calls.append(options)
+        return module
+
+    fake = types.ModuleType("torch_neuronx")
+    if native:
+        monkeypatch.setattr(torch, "compile", lambda module, **options: calls.append(options) or module)
+        monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
+        monkeypatch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
+        monkeypatch.setenv("NEURON_CC_FLAGS", "--mine")
+        monkeypatch.setenv("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "0")
+    else:
+        fake.trace = trace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_neuronx", fake)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+    assert device.read_codes(device.neuron).subnormals == "kept"
+    if native:
+        assert [call["backend"] for call in calls] == ["neuron", "neuron"]
+        assert os.environ["NEURON_CC_FLAGS"].startswith("--mine ")
+        assert os.environ["NEURON_CC_FLAGS"].count(device.FP8_ARGS) == 1
+    else:
+        assert all(device.FP8_ARGS in str(call["compiler_args"]) for call in calls)
+        monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3")
+        device.read_codes(device.neuron)
+        assert device.FP8_ARGS not in str(calls[-1]["compiler_args"])
+
+
+def _to(real):
+    return lambda self, *a, **k: self if a == ("neuron",) else real(self, *a, **k)

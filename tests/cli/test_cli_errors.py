@@ -130,9 +130,15 @@ def test_unreadable(tmp_path: Path) -> None:
     assert "model.safetensors" in one_line(run("inspect", path))
 
 
-@pytest.mark.parametrize("args", [(), ("inspect",), ("fix", "x"), ("inspect", "x", "--method", "quarter")])
+@pytest.mark.parametrize("args", [("inspect",), ("fix", "x"), ("inspect", "x", "--method", "quarter")])
 def test_wrong_use(args: tuple[str, ...]) -> None:
     assert run(*args).exit_code == 2
+
+
+def test_no_command_shows_what_there_is() -> None:
+    result = run()
+    assert result.exit_code in (0, 2)  # click 8.1 calls it help, 8.2 wrong use
+    assert "doctor" in result.output
 
 
 def test_plot_of_headers_is_wrong_use(tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_verify_without_its_extra(monkeypatch: pytest.MonkeyPatch, module: str) 
     for name in ("arithmetic", "compare", "verify"):
         monkeypatch.delitem(sys.modules, f"neuron_fp8_loader.tools.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    assert f"verify needs {module}; install the extra" in one_line(run("verify", TINY))
+    assert f"verify needs {module}: pip install ml_dtypes numpy" in one_line(run("verify", TINY))
 
 
 def test_many_problems_on_one_line() -> None:

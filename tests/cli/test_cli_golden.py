@@ -139,9 +139,11 @@ _OF_ONE_MACHINE = ("neuron-fp8 doctor",)  # shown as it once was
 
 @pytest.mark.parametrize("doc", [doc for doc in DOCS if doc.is_file()], ids=lambda doc: doc.name)
 def test_the_output_shown_in_the_documentation(doc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every command of the page in its order, in a directory that holds the example."""
+    """Run every command of the page in its order: the README's in the root, the others' in examples."""
     text = doc.read_text()
-    (tmp_path / "tiny-llama-fp8").symlink_to(TINY)
+    for place in (tmp_path, tmp_path / "examples"):
+        place.mkdir(exist_ok=True)
+        (place / "tiny-llama-fp8").symlink_to(TINY)
     monkeypatch.chdir(tmp_path)
     shown = _BLOCK.findall(text)
     if doc.name == "cli.md":

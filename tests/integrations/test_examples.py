@@ -48,3 +48,12 @@ def test_the_vllm_neuron_plugin(
 @pytest.mark.parametrize("name", ["nxd_inference", "vllm_offline", "model_builder_v1", "model_builder_v2"])
 def test_the_others_are_sound_python(name: str) -> None:
     compile((EXAMPLES / f"{name}.py").read_text(), name, "exec")
+
+
+@pytest.mark.parametrize("name", ["model_builder_v1", "model_builder_v2", "nxd_inference", "vllm_offline"])
+def test_without_arguments_an_example_says_what_it_takes(name: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"python examples/{name}.py CHECKPOINT" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 #define NEURON_FP8_ARGUMENTS_H
 
 #define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 

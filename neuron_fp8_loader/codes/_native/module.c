@@ -74,12 +74,15 @@ static const uint8_t *bytes_at(span memory) { return (const uint8_t *)(uintptr_t
 static uint8_t *writable(span memory) { return (uint8_t *)(uintptr_t)memory.at; }
 
 static PyObject *translate(PyObject *self, PyObject *args) {
-    const char *name, *table;
+    const char *name;
+    char *table;
+    PyObject *bytes;
     span src, dst;
     Py_ssize_t table_size;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sKnKny#:translate", &name, &src.at, &src.size, &dst.at, &dst.size, &table,
-                          &table_size))
+    /* no "y#": what Python 3.13's headers make of it fails in older Pythons, and one build serves them all */
+    if (!PyArg_ParseTuple(args, "sKnKnS:translate", &name, &src.at, &src.size, &dst.at, &dst.size, &bytes) ||
+        PyBytes_AsStringAndSize(bytes, &table, &table_size) < 0)
         return NULL;
     const size_t n = src.size < 0 ? 0 : (size_t)src.size;
     if (!check_span("translate: src", src, n, 1) ||
