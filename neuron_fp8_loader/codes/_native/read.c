@@ -91,9 +91,11 @@ static void gather(const fp8_segment *segments, size_t n, uint64_t begin, uint64
     }
 }
 
-/* Fill a piece from `offset` on. Returns how many bytes there were; fewer than the piece has: *error says why. */
-static size_t fill(int handle, uint64_t offset, const piece *p, int *error) {
-    size_t total = 0, first = 0, into = 0; /* the next byte goes into part `first`, after `into` bytes */
+/* Fill a piece from `offset` on, of which there are `total` bytes. Returns how many there are then; fewer than the piece
+ * has: *error says why. */
+static size_t fill(int handle, uint64_t offset, const piece *p, size_t total, int *error) {
+    size_t first = 0, into = total; /* the next byte goes into part `first`, after `into` bytes */
+    while (first < p->count && into >= p->part[first].iov_len) into -= p->part[first++].iov_len;
     while (total < p->bytes) {
         struct iovec left[BUFFERS];
         for (size_t i = first; i < p->count; i++) left[i - first] = p->part[i];
@@ -141,11 +143,11 @@ static void settle(const fp8_reader *reader, fp8_segment *s, uint64_t begin, siz
 
 typedef enum { TELLS, TELLS_NOT } system_kind;
 
-/* Fill a piece if all of it is in the page cache. */
-static int fill_cached(int handle, uint64_t offset, const piece *p, system_kind *kind) {
+/* Fill as much of a piece as is in the page cache. */
+static size_t fill_cached(int handle, uint64_t offset, const piece *p, system_kind *kind) {
 #ifdef RWF_NOWAIT
     const ssize_t got = preadv2(handle, p->part, (int)p->count, (off_t)offset, RWF_NOWAIT);
-    if (got >= 0 || errno == EAGAIN) return got == (ssize_t)p->bytes;
+    if (got >= 0 || errno == EAGAIN) return got > 0 ? (size_t)got : 0;
 #else
     (void)handle, (void)offset, (void)p;
 #endif
@@ -174,14 +176,16 @@ uint64_t fp8_read(const fp8_reader *reader, fp8_segment *segments, size_t n, uin
     while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
     while (n) {
         const uint64_t offset = reader->offset + done;
+        size_t got = 0;
         if (kind == TELLS) {
             gather(segments, n, begin, reader->piece, &p);
             ready = make_room(&p, segments, ready, reader->cells);
+            got = fill_cached(reader->handle, offset, &p, &kind);
         }
-        if (kind == TELLS_NOT || !fill_cached(reader->handle, offset, &p, &kind)) {
+        if (kind == TELLS_NOT || got < p.bytes) {
             gather(segments, n, begin, reader->piece * (kind == TELLS ? UNCACHED : UNKNOWN), &p);
             ready = make_room(&p, segments, ready, reader->cells);
-            const size_t got = fill(reader->handle, offset, &p, error);
+            got = fill(reader->handle, offset, &p, got, error);
             if (got < p.bytes) {
                 if (*error != EINTR) return done + got;
                 *error = 0; /* for the caller to let Python see to the signal, and to call again */
