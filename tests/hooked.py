@@ -60,8 +60,11 @@ def _build() -> tuple[ModuleType, ctypes.CDLL] | None:
 def _object(compiler: str, flags: Sequence[str], directory: Path, source: Path) -> str:
     made = directory / "read.o"
     flags = [flag for flag in flags if flag != "-shared"]
-    subprocess.run([compiler, *flags, "-Dpreadv=hooked_preadv", "-c", str(source), "-o", str(made)], check=True)
+    subprocess.run([compiler, *flags, *_HOOKED, "-c", str(source), "-o", str(made)], check=True)
     return str(made)
+
+
+_HOOKED = ("-Dpreadv=hooked_preadv", "-Dpreadv2=hooked_preadv2")
 
 
 def can_hook() -> bool:

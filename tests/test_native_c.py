@@ -33,10 +33,11 @@ def command(path: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("optimize", ["-O0", "-O3"])
 @pytest.mark.parametrize("path", ["portable", "avx2", "neon"])
-def test_against_plain_loops(tmp_path: Path, path: str, optimize: str) -> None:
+@pytest.mark.parametrize("what", ["check_codes.c", "check_requantize.c"])
+def test_against_plain_loops(tmp_path: Path, what: str, path: str, optimize: str) -> None:
     compiler, runner = command(path)
     program = tmp_path / "check"
-    sources = [str(p) for p in (*SOURCES, ROOT / "tests" / "native" / "check_codes.c")]
+    sources = [str(p) for p in (*SOURCES, ROOT / "tests" / "native" / what)]
     flags = [optimize, "-std=c11", "-ffp-contract=off", *WARNINGS, f"-I{NATIVE}", f"-DPATH={path}"]
     subprocess.run([*compiler, *flags, *sources, "-o", str(program), "-lm"], check=True, timeout=120)
     done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=120, check=False)

@@ -139,19 +139,19 @@ def test_runs_that_cannot_be(tmp_path: Path, arguments: dict[str, object]) -> No
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """Reads that each take 10 ms, in C: a signal's handler cannot run in the midst of them."""
+    """Reads that each take 30 ms, in C: a signal's handler cannot run in the midst of them."""
     if not can_hook():
         pytest.skip("no compiler to build a slow reader with")
     made = library(monkeypatch)
     delay, count = (ctypes.c_int.in_dll(made, name) for name in ("preadv_delay", "preadv_count"))
-    delay.value, count.value = 10_000, 0
+    delay.value, count.value = 30_000, 0
     yield count
     delay.value = 0
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_interrupt_does_not_wait_for_a_run(tmp_path: Path, slow_disk: ctypes.c_int, threads: int) -> None:
-    weight = random_codes((32 * PIECE // 1024, 1024))
+    weight = random_codes((64 * PIECE // 1024, 1024))
     file = save(tmp_path / "model.safetensors", {"w": weight, "w_scale": torch.ones(1)})
     running = threading.active_count()
     alarm = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -159,5 +159,25 @@ def test_an_interrupt_does_not_wait_for_a_run(tmp_path: Path, slow_disk: ctypes.
     with pytest.raises(KeyboardInterrupt):
         load_state_dict(file, threads=threads)
     alarm.join()
-    assert slow_disk.value < 100  # of 128 reads
+    assert slow_disk.value < 50  # of 64 reads
     assert threading.active_count() == running
+
+
+@pytest.mark.parametrize("told", [0, 1, 2])
+def test_reads_are_larger_where_bytes_are_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
+) -> None:
+    if not can_hook():
+        pytest.skip("no compiler to build a counting reader with")
+    made = library(monkeypatch)
+    tells, count = (ctypes.c_int.in_dll(made, name) for name in ("preadv_told", "preadv_count"))
+    run = Run(tmp_path / "file", [64 << 10, 64 << 10], [How.KEEP, How.DECIDE], offset=1, seed=3, hot=True)
+    tells.value, count.value = told, 0
+    try:
+        assert run.read(2 << 10) == (128 << 10, 0)
+    finally:
+        tells.value = 1
+    assert count.value == pytest.approx(16 if told else 4, abs=2)
+    kept, halved = (memory[MARGIN : MARGIN + (64 << 10)].numpy() for memory in run.memory)
+    assert np.array_equal(kept, run.content[1 : 1 + (64 << 10)])
+    assert np.array_equal(halved, halves(run.content[1 + (64 << 10) :]))

@@ -26,7 +26,7 @@ static const struct {
     {"avx2", fp8_translate_avx2, &fp8_requantizer_avx2, &fp8_dequantizer_avx2},
 #endif
 #ifdef FP8_HAVE_NEON
-    {"neon", fp8_translate_neon, &fp8_requantizer_portable, &fp8_dequantizer_portable},
+    {"neon", fp8_translate_neon, &fp8_requantizer_neon, &fp8_dequantizer_portable},
 #endif
     {"portable", fp8_translate_portable, &fp8_requantizer_portable, &fp8_dequantizer_portable},
 };

@@ -41,7 +41,7 @@ PyObject *module_read(PyObject *self, PyObject *args) {
         return NULL;
     fp8_segment *first = (fp8_segment *)(uintptr_t)segments.at;
     if (!check_segments(first, n, n_tables, n_cells, &total)) return NULL;
-    if (!n_cells || !piece || done > total || offset > INT64_MAX - total) {
+    if (!n_cells || !piece || piece > UINT32_MAX || done > total || offset > INT64_MAX - total) {
         PyErr_SetString(PyExc_ValueError, "read: no cell, no piece, or nothing of the file is meant");
         return NULL;
     }

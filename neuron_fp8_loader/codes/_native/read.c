@@ -1,4 +1,4 @@
-#define _GNU_SOURCE /* preadv, madvise */
+#define _GNU_SOURCE /* preadv2, madvise */
 #include "read.h"
 
 #include <errno.h>
@@ -91,9 +91,11 @@ static void gather(const fp8_segment *segments, size_t n, uint64_t begin, uint64
     }
 }
 
-/* Fill a piece from `offset` on. Returns how many bytes there were; fewer than the piece has: *error says why. */
-static size_t fill(int handle, uint64_t offset, const piece *p, int *error) {
-    size_t total = 0, first = 0, into = 0; /* the next byte goes into part `first`, after `into` bytes */
+/* Fill a piece from `offset` on, of which there are `total` bytes. Returns how many there are then; fewer than the piece
+ * has: *error says why. */
+static size_t fill(int handle, uint64_t offset, const piece *p, size_t total, int *error) {
+    size_t first = 0, into = total; /* the next byte goes into part `first`, after `into` bytes */
+    while (first < p->count && into >= p->part[first].iov_len) into -= p->part[first++].iov_len;
     while (total < p->bytes) {
         struct iovec left[BUFFERS];
         for (size_t i = first; i < p->count; i++) left[i - first] = p->part[i];
@@ -134,27 +136,61 @@ static void settle(const fp8_reader *reader, fp8_segment *s, uint64_t begin, siz
     s->nan += counts.nan;
 }
 
+/* Bytes that are not in the page cache are worth more at once: so many pieces; and more where the file system does not
+ * tell, which is mostly one on a network. */
+#define UNCACHED 4
+#define UNKNOWN 16
+
+typedef enum { TELLS, TELLS_NOT } system_kind;
+
+/* Fill as much of a piece as is in the page cache. */
+static size_t fill_cached(int handle, uint64_t offset, const piece *p, system_kind *kind) {
+#ifdef RWF_NOWAIT
+    const ssize_t got = preadv2(handle, p->part, (int)p->count, (off_t)offset, RWF_NOWAIT);
+    if (got >= 0 || errno == EAGAIN) return got > 0 ? (size_t)got : 0;
+#else
+    (void)handle, (void)offset, (void)p;
+#endif
+    *kind = TELLS_NOT; /* or it fails: the read that waits will tell how */
+    return 0;
+}
+
+static uint64_t make_room(const piece *p, const fp8_segment *segments, uint64_t ready, uint8_t *state) {
+    for (size_t i = 0; i < p->count && ready != UINT64_MAX; i++) {
+        const fp8_segment *s = segments + i;
+        const uint64_t at = (uint64_t)(uintptr_t)p->part[i].iov_base;
+        if (s->size < WORTH_POPULATING) continue;
+        if (ready < at || ready > s->at + s->size) ready = at;
+        ready = back(ready, at + p->part[i].iov_len, s, state);
+    }
+    return ready;
+}
+
 uint64_t fp8_read(const fp8_reader *reader, fp8_segment *segments, size_t n, uint64_t done, int *error) {
     const uint64_t stop = nanoseconds(CLOCK_MONOTONIC) + reader->nanoseconds;
     uint64_t begin = done; /* in the first of the segments that are left */
-    uint64_t ready = 0;
+    uint64_t ready = 0;    /* memory is backed up to here; UINT64_MAX: that cannot be had */
+    system_kind kind = TELLS;
     piece p;
     *error = 0;
     while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
     while (n) {
-        gather(segments, n, begin, reader->piece, &p);
-        for (size_t i = 0; i < p.count; i++) {
-            const fp8_segment *s = segments + i;
-            const uint64_t at = (uint64_t)(uintptr_t)p.part[i].iov_base, end = at + p.part[i].iov_len;
-            if (s->size < WORTH_POPULATING || ready == UINT64_MAX) continue;
-            if (ready < at || ready > s->at + s->size) ready = at;
-            ready = back(ready, end, s, reader->cells);
+        const uint64_t offset = reader->offset + done;
+        size_t got = 0;
+        if (kind == TELLS) {
+            gather(segments, n, begin, reader->piece, &p);
+            ready = make_room(&p, segments, ready, reader->cells);
+            got = fill_cached(reader->handle, offset, &p, &kind);
         }
-        const size_t got = fill(reader->handle, reader->offset + done, &p, error);
-        if (got < p.bytes) {
-            if (*error != EINTR) return done + got;
-            *error = 0; /* for the caller to let Python see to the signal, and to call again */
-            return done;
+        if (kind == TELLS_NOT || got < p.bytes) {
+            gather(segments, n, begin, reader->piece * (kind == TELLS ? UNCACHED : UNKNOWN), &p);
+            ready = make_room(&p, segments, ready, reader->cells);
+            got = fill(reader->handle, offset, &p, got, error);
+            if (got < p.bytes) {
+                if (*error != EINTR) return done + got;
+                *error = 0; /* for the caller to let Python see to the signal, and to call again */
+                return done;
+            }
         }
         for (size_t i = 0; i < p.count; i++) settle(reader, segments + i, i ? 0 : begin, p.part[i].iov_len);
         done += p.bytes;

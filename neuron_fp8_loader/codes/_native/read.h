@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     int handle;
     uint64_t offset;           /* in the file, of the first segment */
-    size_t piece;              /* bytes to read before they are translated */
+    size_t piece;              /* bytes to read before they are translated; of what is not cached, a few times that */
     uint64_t nanoseconds;      /* return after about so long, that the caller may look after signals */
     fp8_translate_fn translate;
     const uint8_t *tables;     /* FP8_CODES bytes each */

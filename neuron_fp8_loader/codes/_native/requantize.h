@@ -63,6 +63,9 @@ extern const fp8_requantizer fp8_requantizer_portable;
 #ifdef FP8_HAVE_AVX2
 extern const fp8_requantizer fp8_requantizer_avx2;
 #endif
+#ifdef FP8_HAVE_NEON
+extern const fp8_requantizer fp8_requantizer_neon;
+#endif
 
 typedef struct {
     size_t rows, columns, height, width; /* the last two of a block */

@@ -1,0 +1,39 @@
+"""Python's share of a load, and the benchmark that needs sources which are not ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import nxdi, share
+from benchmarks.made import make
+from neuron_fp8_loader.checkpoint import open_checkpoint, runs
+from neuron_fp8_loader.codes import kernel
+from neuron_fp8_loader.host.parallel import PIECE
+
+
+@pytest.mark.skipif(not kernel.reads_natively(), reason="no native reader")
+def test_a_long_run_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python does grows with the runs: sixteen pieces each, once there are enough of them."""
+    calls: list[int] = []
+
+    def counted(*arguments: object) -> tuple[int, int]:
+        calls.append(1)
+        return share.free_read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs, "read_segments", counted)
+    checkpoint = open_checkpoint(make(tmp_path / "c", 64 * PIECE).directory)
+    assert share.share(checkpoint, 1, 1) > 0
+    assert len(calls) <= 64 // 16 + 1
+    assert [runs.run_length(n * PIECE, 4, PIECE) // PIECE for n in (1, 16, 64, 1 << 20)] == [1, 1, 4, 16]
+
+
+def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in nxdi.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    done = CliRunner().invoke(nxdi.main, [])
+    assert done.exit_code == 0
+    assert "NXD_SRC" in nxdi.missing()
+    assert "NXDI_SRC" in nxdi.missing()
