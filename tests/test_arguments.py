@@ -48,6 +48,8 @@ CALLS: dict[tuple[str, str], tuple[Call, tuple[str, ...]]] = {
     ("load_checkpoint", "path"): (lambda file, value: load_checkpoint(value), ()),
     ("load_file", "filename"): (lambda file, value: load_file(value), ()),
     ("plan_checkpoint", "path"): (lambda file, value: plan_checkpoint(value), ()),
+    ("plan_checkpoint", "download"): (lambda file, value: plan_checkpoint(file, download=value), ("bool",)),
+    ("plan_checkpoint", "headers_only"): (lambda file, value: plan_checkpoint(file, headers_only=value), ("bool",)),
     ("safe_open", "filename"): (lambda file, value: safe_open(value), ()),
     ("load_state_dict", "slices"): (lambda file, value: load_state_dict(file, slices=value), ("None", "dict", "type")),
     ("load_checkpoint", "slices"): (lambda file, value: load_checkpoint(file, slices=value), ("None", "dict", "type")),
@@ -82,6 +84,7 @@ RIGHT_OPTIONS = {
     "keep": {"list", "text", "empty text"},
     "dequantize": {"list", "text", "empty text"},
     "threads": {"None", "3"},
+    "download": {"bool"},
     "progress": {"None", "bool"},
 }
 

@@ -50,6 +50,9 @@ def existing(
         CheckpointError: there is none; the text says what the path looks like and what to do.
         OptionError: not a path at all.
     """
+    for name, value in (("download", download), ("headers_only", headers_only)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name}={value!r}: expected True or False")
     if isinstance(path, RemotePath):
         return path
     if not isinstance(path, str | os.PathLike):

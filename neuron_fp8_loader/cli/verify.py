@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..tools.compare import WeightCheck
-    from ..tools.verify import Verification
+    from ..tools.verification import Verification
 
 
 @click.command(cls=Command)
@@ -62,7 +62,8 @@ def verify(
       neuron-fp8 verify ./Llama-3.1-8B-FP8
       neuron-fp8 verify ./converted --against ./Llama-3.1-8B-FP8
     """
-    from ..tools.verify import compare_checkpoints, verify_checkpoint
+    from ..tools.against import compare_checkpoints
+    from ..tools.verify import verify_checkpoint
 
     if against is None:
         result = verify_checkpoint(ckpt, stack=stack, threads=threads, **load)

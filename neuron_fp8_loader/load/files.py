@@ -115,7 +115,7 @@ def load_file(
     """
     target = checked_device(device)
     check_backend(backend)
-    file = existing_file(filename, "load_file", download=bool(options.get("download")))
+    file = existing_file(filename, "load_file", download=options.get("download", False))
     loaded = load_checkpoint(file, **options).state_dict
     return {name: t.to(target) if isinstance(t, torch.Tensor) else t for name, t in loaded.items()}
 

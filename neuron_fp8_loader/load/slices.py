@@ -61,7 +61,7 @@ class safe_open:
         if framework not in ("pt", "torch", "pytorch"):
             raise OptionError(f"framework={framework!r}: neuron_fp8_loader.safe_open gives torch tensors ('pt') only")
         check_backend(backend)
-        file = existing_file(filename, "safe_open", download=bool(options.get("download")))
+        file = existing_file(filename, "safe_open", download=options.get("download", False))
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{file}: is no .safetensors file, which is what safe_open takes")
         self._options = Options.of(options)

@@ -195,7 +195,7 @@ def prepare_export(
         ExportError: ``path`` is one shard of several, ``out`` is not fit, or no copy would serve the stack.
     """
     refuse_fused(Options.of({n: v for n, v in options.items() if n != "layout" or v is not None}), "an export")
-    checkpoint = open_checkpoint(path, download=bool(options.get("download")))
+    checkpoint = open_checkpoint(path, download=options.get("download", False))
     if checkpoint.is_remote:
         raise ExportError(
             f"{checkpoint.path}: lies in a store, and an export is made from a directory; copy it to one first"

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import load_checkpoint, load_state_dict
 from neuron_fp8_loader.codes import formats
+from neuron_fp8_loader.tools.against import compare_checkpoints
 from neuron_fp8_loader.tools.arithmetic import GPU, HALF_STEP, NEURON, expected
 from neuron_fp8_loader.tools.compare import Side, compare
-from neuron_fp8_loader.tools.verify import compare_checkpoints, verify_checkpoint
+from neuron_fp8_loader.tools.verify import verify_checkpoint
 from tests.cli.helpers import KEEP, codes, layer, one_line, run, run_json, sharded, single
 from tests.support import CONTROLS, REAL, TINY, e4m3fn, shared, sqnr
 
