@@ -29,7 +29,7 @@ static uint64_t most(uint64_t a, uint64_t b) { return a > b ? a : b; }
 #define HUGE ((uint64_t)2 << 20)
 #define STEP ((uint64_t)1 << 20)
 #define WORTH_POPULATING ((uint64_t)1 << 16)
-#define SLOW_IN_A_ROW 2
+#define SLOW_ONES 2
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23 /* from Linux 5.14 on; before, it is refused */
@@ -41,21 +41,21 @@ static int advise(uint64_t first, uint64_t last, int advice) {
 }
 
 /* Back memory from `ready` on, at least up to `end`, with that of the tensor behind it that makes a step; returns how
- * far it went. `state`: how many large pages in a row were slow. */
+ * far it went. `state`: how many large pages were slow. */
 static uint64_t back(uint64_t ready, uint64_t end, const fp8_segment *segment, uint8_t *state) {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), last = segment->at + segment->size;
     while (ready < end) {
         const uint8_t slow = __atomic_load_n(state, __ATOMIC_RELAXED);
         const uint64_t block = down(ready, HUGE), first = most(block, down(segment->from, page));
         const uint64_t beyond = least(block + HUGE, up(segment->to, page));
-        const int large = slow < SLOW_IN_A_ROW && segment->to - segment->from >= HUGE;
+        const int large = slow < SLOW_ONES && segment->to - segment->from >= HUGE;
         const uint64_t stop = least(last, large ? block + HUGE : ready + STEP);
         if (large) advise(first, beyond, MADV_HUGEPAGE); /* of the whole block: others may fill its other parts */
         const uint64_t begin = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
         if (advise(down(ready, page), up(stop, page), MADV_POPULATE_WRITE)) return UINT64_MAX; /* not here, then */
         if (large && beyond - first == HUGE && stop - ready >= HUGE / 2) {
             const int was_slow = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - begin > HUGE / 2; /* 2 GB/s */
-            __atomic_store_n(state, was_slow ? (uint8_t)(slow + 1) : 0, __ATOMIC_RELAXED);
+            if (was_slow) __atomic_store_n(state, (uint8_t)(slow + 1), __ATOMIC_RELAXED);
         }
         ready = stop;
     }
