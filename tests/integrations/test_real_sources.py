@@ -13,7 +13,13 @@ import pytest
 from neuron_fp8_loader import kernel
 from tests.support import ROOT, SHARED
 
-CASES = [("real_cases.py", "real_layouts.py"), ("real_moe.py",), ("real_models.py",), ("real_moe_ep.py",)]
+CASES = [
+    ("real_cases.py", "real_layouts.py"),
+    ("real_moe.py",),
+    ("real_models.py",),
+    ("real_logits.py",),
+    ("real_moe_ep.py",),
+]
 
 
 @pytest.mark.parametrize("files", CASES)
