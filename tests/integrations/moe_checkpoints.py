@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.integrations.moe_models import MODELS, Model
+from tests.integrations.rival import scripted
 from tests.support import e4m3fn, fp8
 
 HIDDEN, INTER, EXPERTS, LAYERS, HEADS, HEAD, VOCAB = 256, 256, 4, 2, 4, 64, 128
@@ -208,14 +209,20 @@ def _save(directory: Path, contents: Sequence[dict[str, torch.Tensor]], config: 
     return paths
 
 
-def write(directory: Path, name: str, form: str, *, stack: bool = False, seed: int = 0) -> tuple[Path, Path]:
-    """Write a checkpoint and its float32 twin (Llama 4's: experts stacked). Returns their directories."""
+def write(
+    directory: Path, name: str, form: str, *, stack: bool = False, seed: int = 0, rival: str | None = None
+) -> tuple[Path, Path]:
+    """Write a checkpoint and its float32 twin (Llama 4's: experts stacked). Returns their directories.
+
+    With ``rival``, a type of the experts' layers, the twin has what a hand-written script makes of the weights.
+    """
     rng = np.random.default_rng(seed)
     if name in MODELS:
         model = MODELS[name]()
         if form == "block":
             model.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         first, twin = of_model(model, form, rng)
+        twin = scripted(first, twin, form, rival) if rival else twin
         return _save(directory, (first, out_first(twin) if name == "qwen3_5_moe" else twin), model.config)
     name = name.removesuffix("_contrib")
     family = FAMILIES[name]
@@ -225,6 +232,7 @@ def write(directory: Path, name: str, form: str, *, stack: bool = False, seed: i
         weight, scale, exact = quantized(rng, form, rows, columns)
         first |= {f"{module}.weight": weight, f"{module}.{SCALES[form]}": scale}
         twin[f"{module}.weight"] = exact
+    twin = scripted(first, twin, form, rival) if rival else twin
     config = {**_COMMON, **CONFIGS[name], "model_type": name}
     if name == "llama4":
         twin = stacked(twin, family)

@@ -60,9 +60,8 @@ def main(tp: int, families: Collection[str]) -> None:
     print("|---" * (3 + len(TYPES)) + "|")
     for family, form, stack in (row for row in ROWS if not families or row[0] in families):
         cells = [cell(family, form, stack, kind, tp) for kind in TYPES]
-        print(
-            f"| {family} | {'stacked' if stack else 'one by one'} | {FORMS[form]} | {' | '.join(cells)} |", flush=True
-        )
+        lying = "stacked" if stack else "one below another" if family == "dbrx" else "one by one"
+        print(f"| {family} | {lying} | {FORMS[form]} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,18 @@ from safetensors.torch import load_file, save_file
 from neuron_fp8_loader import OptionError, WeightError
 from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.real_cases import FP8
-from tests.integrations.real_moe import HALVED, REQUANTIZED, TYPES, Ranks, checkpoint, shards, twin, worst
+from tests.integrations.real_moe import (
+    HALVED,
+    REQUANTIZED,
+    TYPES,
+    Ranks,
+    checkpoint,
+    scripted,
+    shards,
+    twin,
+    whole,
+    worst,
+)
 
 _LINEAR = {f"linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_z", "out_proj")}
 _FULL = {"self_attn.output_gate_proj", "self_attn.o_proj.o_proj", *(f"self_attn.qkv_proj.{n}_proj" for n in "qkv")}
@@ -81,6 +92,31 @@ def test_every_row(family: str, form: str, kind: str, tp: int) -> None:
     exact = form != "block"
     experts = HALVED if exact or kind == "blockwise" else REQUANTIZED
     check(family, ranks, twin(family, plain, tp), experts=experts, others=HALVED if exact else REQUANTIZED)
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "kind"),
+    [
+        ("deepseek_v3", "block", "blockwise"),
+        ("deepseek_v3", "block", "expert_wise"),
+        ("glm_moe_dsa", "block", "blockwise"),
+        ("qwen3_5_moe", "block", "expert_wise"),
+        ("mixtral", "block", "blockwise"),
+        ("qwen3_moe", "channel", "expert_wise"),
+        ("llama4", "channel", "expert_wise"),
+        ("dbrx", "tensor", "expert_wise"),
+    ],
+)
+def test_every_tensor_is_as_close_as_a_scripts(family: str, form: str, kind: str) -> None:
+    fp8, plain = checkpoint(family, form)
+    ranks, twins = shards(family, fp8, 2, **TYPES[kind]), twin(family, plain, 2)
+    names = [name for name, tensor in ranks[0].items() if tensor.dtype == FP8]
+    ours, rivals = (whole(r, twins, names) for r in (ranks, twin(family, scripted(family, form, kind), 2)))
+    for name, dB in ours.items():
+        assert dB >= rivals[name], (name, dB, rivals[name])
+        if ".expert_mlps." in name and (kind == "blockwise" or form != "block"):
+            assert dB > 100
+            assert rivals[name] < 35
 
 
 @pytest.mark.parametrize("family", sorted(FP8_OF))

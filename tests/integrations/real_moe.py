@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ Ranks = list[dict[str, torch.Tensor]]
 @functools.cache
 def checkpoint(family: str, form: str, stack: bool = False) -> tuple[Path, Path]:
     return moe_checkpoints.write(Path(tempfile.mkdtemp()), family, form, stack=stack)
+
+
+@functools.cache
+def scripted(family: str, form: str, kind: str, stack: bool = False) -> Path:
+    """The values that a hand-written script's FP8 weights have, as a float32 checkpoint."""
+    return moe_checkpoints.write(Path(tempfile.mkdtemp()), family, form, stack=stack, rival=kind)[1]
 
 
 @functools.cache
@@ -100,6 +106,16 @@ def worst(ranks: Ranks, twins: Ranks) -> dict[str, float]:
             rows = [sqnr(w, g) for w, g in zip(want, got, strict=True)]
             found[name] = min(found.get(name, np.inf), *rows)
     return found
+
+
+def whole(ranks: Ranks, twins: Ranks, names: Iterable[str]) -> dict[str, float]:
+    """The SQNR in dB of a tensor over all ranks, FP8 as a device reads it, else as it is."""
+
+    def of(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+        return (values(rank, name) if rank[name].dtype == FP8 else rank[name].double().numpy()).ravel()
+
+    pairs = {name: [(of(t, name), of(r, name)) for r, t in zip(ranks, twins, strict=True)] for name in names}
+    return {name: sqnr(*(np.concatenate(side) for side in zip(*both, strict=True))) for name, both in pairs.items()}
 
 
 def check(ranks: Ranks, twins: Ranks, *, experts: float, others: float) -> None:

@@ -203,3 +203,31 @@ def test_real_checkpoints(name: str) -> None:
     for pair in plan.pairs:
         module = pair.weight.removesuffix("._weight_qdata").removesuffix(".weight")
         assert converted(nxdi_path(module), entries), module
+
+
+def test_what_latent_attention_multiplies_by_is_never_quantized() -> None:
+    attention = [f"self_attn.{n}" for n in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+    plan = plan_of([*layer(0, *attention), *layer(0, "mlp")], [])
+    assert modules_to_not_convert(plan) == ["layers.0.self_attn.kv_b_proj", "lm_head"]
+
+
+def test_vectors_that_are_layers_in_linear_attention() -> None:
+    names = [f"model.language_model.layers.0.linear_attn.{n}" for n in ("A_log", "dt_bias")]
+    plan = plan_of(layer(0, "linear_attn.in_proj_z"), [])
+    plan = make_plan(plan.tensors | {n: describe(n, torch.zeros(4)) for n in names}, "test")
+    listed = modules_to_not_convert(plan)
+    assert listed == ["layers.0.linear_attn.A_log", "layers.0.linear_attn.dt_bias", "lm_head"]
+    assert not converted("layers.0.linear_attn.A_log_weight", listed)
+    assert contradictions(plan, ["lm_head"])[1] == names
+
+
+def test_dbrx_by_the_paths_that_its_modules_have() -> None:
+    at = "transformer.blocks.3."
+    attention = [f"{at}norm_attn_norm.attn.{n}" for n in ("Wqkv", "out_proj")]
+    experts = [f"{at}ffn.experts.mlp.{n}" for n in ("w1", "v1", "w2")]
+    assert modules_to_not_convert(plan_of(experts, [*attention, f"{at}ffn.router.layer"])) == [
+        "layers.3.self_attn", "lm_head",
+    ]  # fmt: skip
+    listed = modules_to_not_convert(plan_of([*experts[:2], *attention], [experts[2]]))
+    assert listed == ["layers.3.ffn.expert_mlps.mlp_op.down_proj", "lm_head"]
+    assert converted("layers.3.ffn.expert_mlps.mlp_op.gate_up_proj", listed)

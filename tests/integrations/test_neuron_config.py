@@ -313,3 +313,17 @@ def test_what_is_logged_goes_to_the_packages_logger(
     with caplog.at_level(logging.INFO, logger="neuron_fp8_loader"):
         enabled.config.NeuronConfig(**settings(write(tmp_path, state_dict())))
     assert [r.name for r in caplog.records if "modules_to_not_convert" in r.message] == ["neuron_fp8_loader"]
+
+
+@pytest.mark.parametrize(("family", "block"), [("qwen35", "mlp.moe"), ("glm5", "feed_forward.moe"), ("other", None)])
+def test_experts_are_listed_in_the_block_that_a_model_has_them_in(
+    enabled: Standin, family: str, block: str | None
+) -> None:
+    kind = type("Config", (enabled.config.InferenceConfig,), {"__module__": f"contrib.modeling_{family}"})
+    given = ["layers.0.mlp", "layers.1.mlp.expert_mlps", "layers.2.mlp.expert_mlps.mlp_op.down_proj", "lm_head"]
+    config = kind(enabled.config.NeuronConfig(modules_to_not_convert=given, fp8_rescale=True))
+    more = [] if block is None else [f"layers.{n}.{block}" for n in (0, 1)]
+    more += [] if block is None else [f"layers.2.{block}.expert_mlps.mlp_op.down_proj"]
+    assert config.neuron_config.modules_to_not_convert == [*given, *more]
+    without = enabled.config.NeuronConfig(modules_to_not_convert=given)
+    assert kind(without).neuron_config.modules_to_not_convert == given

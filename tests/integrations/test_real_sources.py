@@ -17,6 +17,7 @@ CASES = [
     ("real_cases.py", "real_layouts.py", "real_qkv.py"),
     ("real_moe.py",),
     ("real_models.py",),
+    ("real_logits.py",),
     ("real_moe_ep.py",),
     ("real_mimo.py",),
 ]
