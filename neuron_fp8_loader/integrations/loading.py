@@ -212,7 +212,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         converted = convert(state_dict, *args, **kwargs)
         converted.update(only_of(converted, placed))
         if session.quantized:
-            rows.attach(converted, str(path))
+            rows.attach(converted, Shown(path))
         if parts:
             form = Form.of(config.neuron_config, session.modules)
             attach_scales(converted, parts, form, Shown(path), Options.of(session.options).thread_count())

@@ -15,6 +15,7 @@ import torch
 
 from ..conventions import module_of
 from ..errors import WeightError, listing
+from ..host.memory import as_bytes, buffer
 from .check import is_weight
 from .experts import is_expert, layer_of
 from .names import short_name
@@ -160,7 +161,8 @@ class _Known:
 
 
 def _rows(weight: torch.Tensor) -> list[bytes]:
-    return [row.tobytes() for row in weight.view(torch.uint8).contiguous().numpy()]
+    raw, width = buffer(as_bytes(weight.contiguous())), weight.shape[1]
+    return [bytes(raw[start : start + width]) for start in range(0, weight.numel(), width)]
 
 
 def _middle(weight: torch.Tensor) -> torch.Tensor:
