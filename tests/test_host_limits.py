@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from support import TINY, codes, save
 
 from neuron_fp8_loader import load_state_dict
@@ -199,6 +198,6 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path, arguments: list[str
     path.parent.mkdir()
     for scale in {f"{name}.weight_scale": torch.ones(1)}, {}:  # without a scale: refused
         save(path, {f"{name}.weight": codes([[0x7E, 1]]), **scale})
-        done = CliRunner(charset="latin-1").invoke(main, [*arguments, str(path)])
+        done = runner(charset="latin-1").invoke(main, [*arguments, str(path)])
         assert done.exit_code in (0, 1), done.exception
         assert b"\\u5c42" in done.stdout_bytes + done.stderr_bytes

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from support import codes, save, save_shards
 
 from neuron_fp8_loader import (
@@ -154,7 +153,7 @@ def test_logs(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_terminal(directory: Path, tmp_path: Path, command: str, make: Callable[[Path], Path]) -> None:
     path = make(directory)
     extra = [str(directory / "out")] if command == "export" else []
-    result = CliRunner().invoke(main, [command, str(path), *extra])
+    result = runner().invoke(main, [command, str(path), *extra])
     shown = result.stdout + result.stderr
     assert not any(c != "\n" and not c.isprintable() for c in shown), ascii(shown)
     assert "\nneuron-fp8: all is well" not in shown
@@ -163,7 +162,7 @@ def test_terminal(directory: Path, tmp_path: Path, command: str, make: Callable[
 
 def test_programs_get_it_as_it_is(directory: Path) -> None:
     save(directory / "model.safetensors", PAIR)
-    result = CliRunner().invoke(main, ["inspect", str(directory), "--json"])
+    result = runner().invoke(main, ["inspect", str(directory), "--json"])
     assert json.loads(result.stdout)["checkpoint"] == str(directory)
     assert plan_checkpoint(directory).to_dict()["source"] == str(directory)
     assert plan_checkpoint(directory).source == str(directory)

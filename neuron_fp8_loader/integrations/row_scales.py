@@ -22,6 +22,8 @@ from .names import short_name
 
 log = logging.getLogger("neuron_fp8_loader")
 
+_COLUMNS = 16  # of a sample, about
+
 
 class Given(NamedTuple):
     """An FP8 weight [out, in] that a conversion is given; the tensors are not copied.
@@ -29,13 +31,13 @@ class Given(NamedTuple):
     Attributes:
         module: its name, without ``.weight``.
         weight, scale: the scale has one value, or is [out, 1].
-        column: a column of its bytes, copied: they tell if the conversion wrote into the weight.
+        sample: some columns of its bytes, copied: they tell if the conversion wrote into the weight.
     """
 
     module: str
     weight: torch.Tensor
     scale: torch.Tensor
-    column: torch.Tensor
+    sample: torch.Tensor
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Rows:
                 and weight.numel()
                 and (scale.numel() == 1 or tuple(scale.shape) == (weight.shape[0], 1))
             ):
-                given = Given(module, weight, scale, _middle(weight).clone())
+                given = Given(module, weight, scale, _sample(weight).clone())
                 found.layers.setdefault(layer_of(name), []).append(given)
         return found
 
@@ -87,7 +89,7 @@ class Rows:
             and weight.dim() == 2
             and f"{module_of(name)}.scale" not in converted
         ]
-        problems: list[str] = []
+        problems = self._moved_without(converted)
         owners: set[str] = set()
         for layer in dict.fromkeys(map(layer_of, bare)):
             known = _Known(self.layers.get(layer, []))
@@ -115,6 +117,29 @@ class Rows:
         if owners:
             log.info("%s: scales follow rows of %s", source, listing("weight", sorted(owners), 5))
 
+    def _moved_without(self, converted: Mapping[str, Any]) -> list[str]:
+        """What is wrong with weights that kept name and scale, but whose rows lie in another order now."""
+        givens = {short_name(given.module): given for layer in self.layers.values() for given in layer}
+        problems = []
+        for name in [n for n in converted if n.endswith(".scale")]:
+            given, scale = givens.get(short_name(name.removesuffix(".scale"))), converted[name]
+            weight = converted.get(f"{name.removesuffix('.scale')}.weight")
+            if given is None or not isinstance(weight, torch.Tensor) or weight.dtype != given.weight.dtype:
+                continue
+            if scale.numel() == 1 or weight.shape != given.weight.shape or scale.numel() != weight.shape[0]:
+                continue
+            if torch.equal(_sample(weight), given.sample):
+                continue
+            try:
+                wanted = _Known([given]).scale(weight)
+            except ValueError as error:
+                problems.append(f"{name} {list(scale.shape)}: of its weight {error}")
+                continue
+            zero = (weight.view(torch.uint8) & 0x7F == 0).all(dim=1)  # any scale is right there
+            if wanted is not None and not bool(((wanted.flatten() == scale.float().flatten()) | zero).all()):
+                problems.append(f"{name} {list(scale.shape)}: its weight's rows were moved, it was not")
+        return problems
+
 
 class _Known:
     """Rows of one layer's weights by their bytes. ``used``: the modules whose rows were asked for."""
@@ -122,7 +147,7 @@ class _Known:
     def __init__(self, weights: list[Given]) -> None:
         self.one = all(given.scale.numel() == 1 for given in weights)
         self.used: set[str] = set()
-        self.changed = [given.module for given in weights if not torch.equal(_middle(given.weight), given.column)]
+        self.changed = [given.module for given in weights if not torch.equal(_sample(given.weight), given.sample)]
         self.rows: dict[bytes, tuple[float | None, str]] = {}  # no value: of two scales
         for module, weight, scale, _ in weights:
             values = scale.float().expand(weight.shape[0], 1).flatten().tolist()
@@ -165,5 +190,5 @@ def _rows(weight: torch.Tensor) -> list[bytes]:
     return [bytes(raw[start : start + width]) for start in range(0, weight.numel(), width)]
 
 
-def _middle(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(torch.uint8)[:, weight.shape[1] // 2]
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(torch.uint8)[:, :: max(1, weight.shape[1] // _COLUMNS)]

@@ -26,9 +26,14 @@ _APART: dict[str, Any] = {} if "mix_stderr" not in signature(CliRunner).paramete
 """Click 8.1 is to be asked to keep stderr apart; 8.2 always does."""
 
 
+def runner(**options: Any) -> CliRunner:
+    """Of any click, with stdout and stderr apart."""
+    return CliRunner(**_APART, **options)
+
+
 def run(*args: object) -> Result:
     """Run ``neuron-fp8``; a traceback fails the test."""
-    result = CliRunner(**_APART).invoke(main, [str(arg) for arg in args], prog_name="neuron-fp8")
+    result = runner().invoke(main, [str(arg) for arg in args], prog_name="neuron-fp8")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -168,3 +168,44 @@ def test_weights_that_are_not_known_are_left() -> None:
     result = converted(tensors, transpose)
     assert f"{AT}.query.scale" not in result
     assert f"{AT}.q_proj.scale" in result  # for check_complete, which names both
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_rows_in_another_order_under_the_same_name(inplace: bool, with_scale: bool) -> None:
+    """As for rotary embeddings: what moves rows and not their scales is refused, and so is writing into the weight."""
+    tensors = given()
+    name, order = f"{AT}.q_proj", torch.arange(SIZES["q_proj"]).roll(1)
+    raw(tensors[f"{name}.weight"])[3] = 0  # any scale is right for zeros
+    before = value(tensors, name)[order.numpy()]
+
+    def convert(result: Tensors) -> None:
+        weight = result[f"{name}.weight"]
+        moved = raw(weight)[order].view(weight.dtype)
+        if inplace:
+            raw(weight).copy_(raw(moved))
+        else:
+            result[f"{name}.weight"] = moved
+        if with_scale:
+            result[f"{name}.scale"] = result[f"{name}.scale"][order]
+
+    if with_scale and not inplace:
+        np.testing.assert_array_equal(value(converted(tensors, convert), name), before)
+        return
+    with pytest.raises(WeightError, match="rows were moved" if not inplace else "wrote into"):
+        converted(tensors, convert)
+
+
+def test_two_rows_swapped_in_place_with_one_byte_in_common() -> None:
+    """A sample of one column would not tell."""
+    tensors = given()
+    name = f"{AT}.q_proj"
+    raw(tensors[f"{name}.weight"])[:, WIDE // 2] = 7
+
+    def convert(result: Tensors) -> None:
+        weight = raw(result[f"{name}.weight"])
+        weight[[0, 1]] = weight[[1, 0]]
+        without_scales(result)
+
+    with pytest.raises(WeightError, match="wrote into"):
+        converted(tensors, convert)
