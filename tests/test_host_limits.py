@@ -18,6 +18,7 @@ from neuron_fp8_loader.cli import main
 from neuron_fp8_loader.errors import HostMemoryError
 from neuron_fp8_loader.host.memory import needing
 from neuron_fp8_loader.host.parallel import progress
+from tests.cli.helpers import runner
 
 MIB = 1 << 20
 

@@ -27,6 +27,7 @@ from neuron_fp8_loader.errors import Fp8LoaderError, ShownPath, printable
 from neuron_fp8_loader.tools.export import prepare_export
 from neuron_fp8_loader.tools.scan import scan_checkpoint
 from neuron_fp8_loader.tools.verify import verify_checkpoint
+from tests.cli.helpers import runner
 
 NAMES = {
     "newline": "a\nneuron-fp8: all is well\n  - fine",
