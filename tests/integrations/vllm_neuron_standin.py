@@ -78,7 +78,11 @@ class Hub:
             if "-00003-of" in file:
                 assert self.last_may_come.wait(20)
             self.downloaded.append(file)
-            target.write_bytes((self.remote / file).read_bytes())
+            part = target.with_name(
+                f"{file}.{threading.get_ident()}.incomplete"
+            )  # as the real one: all of it or nothing
+            part.write_bytes((self.remote / file).read_bytes())
+            part.replace(target)
         return str(target)
 
 
