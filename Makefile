@@ -41,16 +41,18 @@ demo: $(VENV)/.package
 	@echo "Your own checkpoint, a directory or a .safetensors file:"
 	@echo "  $(BIN)/neuron-fp8 inspect PATH"
 
-# what the kernel makes is tested on each of its paths, the rest once, on the fastest; two runs at a time, the longest first
-ELSEWHERE := tests/cli tests/integrations
+# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last;
+# the slower paths before it, side by side
 test: $(VENV)/.test
-	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; \
-	{ \
-		echo "$$fastest $(ELSEWHERE:%=--ignore=%)"; \
-		echo "$$fastest $(ELSEWHERE)"; \
-		for path in "$$@"; do echo "$$path -m kernel_path"; done; \
-	} | xargs -P 2 -L 1 sh -c 'echo "== kernel path $$0: pytest $$*"; \
-		NEURON_FP8_LOADER_KERNEL=$$0 exec $(BIN)/python -m pytest -p no:cacheprovider "$$@"'
+	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; running=; \
+	for path in "$$@"; do \
+		echo "== kernel path $$path, the tests that depend on it"; \
+		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path & running="$$running $$!"; \
+	done; \
+	for child in $$running; do wait $$child || failed=1; done; \
+	[ -z "$$failed" ] || exit 1; \
+	echo "== kernel path $$fastest, all tests"; \
+	NEURON_FP8_LOADER_KERNEL=$$fastest $(BIN)/python -m pytest
 
 test-all: $(VENV)/.test
 	@paths=$$($(PATHS)) || exit 1; \
