@@ -71,10 +71,11 @@ class Bucket:
                 self._busy -= 1
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers every request by ``_answer``, on connections that stay, and prints nothing."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each answer waits for the acknowledgement of its headers
-    bucket: Bucket
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -84,6 +85,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def _answer(self) -> None:
+        raise NotImplementedError
+
+
+class _Handler(Handler):
+    bucket: Bucket
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -19,7 +18,7 @@ import pytest
 from neuron_fp8_loader import CheckpointError, load_state_dict, plan_checkpoint
 from neuron_fp8_loader.host.cache import forget
 from tests.cli.helpers import run, run_json
-from tests.servers import serving
+from tests.servers import Handler, serving
 from tests.support import DATA, ROOT, blob
 
 hub = pytest.importorskip("huggingface_hub", reason="the extra 'hub' is not installed")
@@ -44,19 +43,8 @@ class Hub:
         return sum(n for method, path, n in self.requests if method == "GET" and path.endswith(end))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(Handler):
     hub: Hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
 
     def do_POST(self) -> None:
         self._answer()
