@@ -61,22 +61,25 @@ def make(
     shards: int = 1,
     convention: str = "weight_scale",
     scale: str = "row",
+    side: int | None = None,
     seed: int = 0,
 ) -> Made:
     """Write a checkpoint of about ``nbytes`` of FP8 weights, as a Hugging Face directory.
 
     Args:
         directory: where; made if it is not there.
-        nbytes: bytes of weights: at least four weights of the largest square shape up to 4096 x 4096.
+        nbytes: bytes of weights.
         shards: files to spread them over.
         convention: the name of a registered convention.
         scale: ``"row"`` [out, 1], ``"tensor"`` [] or ``"block"`` [out/128, in/128], float32.
+        side: rows and columns of each weight; None for the largest power of two up to 4096 that gives four of them.
         seed: of the random weights.
     """
     (rule,) = [r for r in conventions() if r.name == convention]
-    side = 4096
-    while side > 16 and side * side * 4 > nbytes:
-        side //= 2
+    if side is None:
+        side = 4096
+        while side > 16 and side * side * 4 > nbytes:
+            side //= 2
     count = max(1, round(nbytes / side**2))
     rng = np.random.default_rng(seed)
     codes = _quantized(rng.standard_normal((side, side), dtype=np.float32))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import nxdi, share
+from benchmarks import many, nxdi, share
+from benchmarks.contenders import OURS, REFERENCE
 from benchmarks.made import make
 from neuron_fp8_loader.checkpoint import open_checkpoint, runs
 from neuron_fp8_loader.codes import kernel
@@ -28,6 +30,13 @@ def test_a_long_run_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert share.share(checkpoint, 1, 1) > 0
     assert len(calls) <= 64 // 16 + 1
     assert [runs.run_length(n * PIECE, 4, PIECE) // PIECE for n in (1, 16, 64, 1 << 20)] == [1, 1, 4, 16]
+
+
+def test_many_tensors_beside_safetensors(tmp_path: Path) -> None:
+    done = CliRunner().invoke(many.main, ["--tensors=9", "--shards=2", "--repeats=1", f"--out={tmp_path}"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "many.json").read_text())
+    assert set(found["results"]) == {REFERENCE, OURS}
 
 
 def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_rules_go_both_ways(rule: conventions.Convention) -> None:
     assert rule.scale_of(weight) == scale
     assert rule.weight_of(scale) == weight
     assert rule.scale_of(rule.weight.format("")) is None  # a module must have a name
-    assert conventions.candidates(weight, {scale})[0][1] == scale
+    assert conventions.Candidates({scale}).of(weight)[0][1] == scale
 
 
 def test_the_registry_prints() -> None:

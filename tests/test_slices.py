@@ -377,7 +377,7 @@ def test_a_scale_of_several_weights(tmp_path):
     """fused experts of one scale: cut alike or not at all."""
     tensors = {"e.w1.weight": random_codes((8, 4), 1), "e.w1.weight_scale": torch.rand(8, 1)}
     plan = plan_checkpoint(save(tmp_path / "model.safetensors", tensors))
-    twin = replace(plan.tensors["e.w1.weight"], name="e.w3.weight")
+    twin = plan.tensors["e.w1.weight"]._replace(name="e.w3.weight")
     pair = plan.pairs[0]
     plan = replace(
         plan, tensors={**plan.tensors, "e.w3.weight": twin}, pairs=(pair, pair._replace(weight="e.w3.weight"))

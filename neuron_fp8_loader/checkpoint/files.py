@@ -157,7 +157,7 @@ class _Whole:
                 if first is not info:
                     problems.append(f"{info.name} is in {first.file and first.file.name} and again in {file.name}")
         if index is not None:
-            problems += index.compare(self.tensors)
+            problems += index.compare(self.by_file)
         if problems:
             advice = f"\nIf {Shown(index.path.name)} belongs to other files, move it away." if index else ""
             raise CheckpointError(

@@ -161,7 +161,7 @@ def _in_full(file: Path, raw: bytes, known: Stamp) -> Iterator[str]:
 def _tensors(file: Path, content: Mapping[str, Any], begin: int) -> list[TensorInfo]:
     position, found = begin, []
     # empty tensors begin where the next one does; by name, since their order in the header is that of a hash table
-    for name, entry in sorted(content.items(), key=lambda item: (*item[1]["data_offsets"], item[0])):
+    for name, entry in sorted(content.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         start, end = entry["data_offsets"]
         if start + begin != position:
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -61,21 +61,20 @@ class Index:
         if problems:
             raise CheckpointError(f"{self.path}: index and files disagree, {listing('problem', problems)}")
 
-    def compare(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    def compare(self, by_file: Mapping[Path, Iterable[TensorInfo]]) -> list[str]:
         """Where it and the headers of the shards contradict each other, one text each."""
-        problems = []
-        for name, file in self.weight_map.items():
-            info = tensors.get(name)
-            if info is None:
-                problems.append(f"the index places {name} in {file}, which does not hold it")
-            elif info.file is None or info.file.name != file.rpartition("/")[2]:
-                problems.append(f"the index places {name} in {file}; it is in {info.file and info.file.name}")
-        problems += [
-            f"{name} is in {info.file and info.file.name} but not in the index"
-            for name, info in tensors.items()
-            if name not in self.weight_map
-        ]
-        return problems
+        places, left = self.weight_map, dict(self.weight_map)
+        elsewhere, unlisted = [], []
+        for file, infos in by_file.items():
+            own = {place for place in set(places.values()) if place.rpartition("/")[2] == file.name}
+            for info in infos:
+                place = left.pop(info.name, None)
+                if place is None:
+                    unlisted.append(f"{info.name} is in {file.name} but not in the index")
+                elif place not in own:
+                    elsewhere.append(f"the index places {info.name} in {place}; it is in {file.name}")
+        absent = [f"the index places {name} in {place}, which does not hold it" for name, place in left.items()]
+        return [*absent, *elsewhere, *unlisted]
 
 
 def _read(index: Path) -> dict[str, str]:

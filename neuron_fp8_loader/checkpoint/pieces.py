@@ -69,19 +69,16 @@ def cut(infos: Iterable[TensorInfo], limit: int, segments: int) -> list[Piece]:
     done: list[Piece] = []
     for file in sorted(by_file):
         current = Piece(file, -1)
+        end = -1  # of the current piece, in the file
         for info in sorted(by_file[file], key=attrgetter("offset")):
-            position, offset, nbytes = 0, info.offset, info.nbytes
-            while position < nbytes:
-                if (
-                    current.offset + current.nbytes != offset
-                    or current.nbytes >= limit
-                    or len(current.segments) >= segments
-                ):
+            position, offset, left = 0, info.offset, info.nbytes
+            while left:
+                if end != offset or current.nbytes >= limit or len(current.segments) >= segments:
                     current = Piece(file, offset)
                     done.append(current)
-                take = min(nbytes - position, limit - current.nbytes)
+                take = min(left, limit - current.nbytes)
                 current.segments.append(Segment(info.name, position, position + take))
                 current.nbytes += take
-                position += take
-                offset += take
+                position, offset, left = position + take, offset + take, left - take
+                end = offset
     return done

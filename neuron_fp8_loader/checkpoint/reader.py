@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, reads_natively, translate
-from ..host.collector import uncollected
+from ..host.collector import uncollected, uncollected_if_short
 from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
@@ -24,7 +23,6 @@ from .runs import MOST_SEGMENTS, NativeRuns, run_length
 Stamps = Mapping[Path, Stamp]
 
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
-_SECONDS_OF_READING = 1 << 28  # bytes, at most; below, what the collector finds to do is most of the work
 _WORTH_POPULATING = 1 << 16  # bytes
 
 
@@ -53,12 +51,14 @@ def read(
     with uncollected():
         dtypes = {info.dtype: info.torch_dtype for info in infos}
         tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
-    counts = dict.fromkeys(weights, Counts())
+    none = Counts()
+    counts = dict.fromkeys(weights, none)
     lock = threading.Lock()
 
     def count(segment: Segment, seen: Counts, put_off: Decision | None) -> None:
         with lock:
-            counts[segment.name] = counts[segment.name] + seen
+            before = counts[segment.name]
+            counts[segment.name] = seen if before is none else before + seen
             if put_off is not None:
                 put_off.put_off(segment)
 
@@ -97,18 +97,21 @@ def read(
 
             def work_natively(piece: Piece) -> None:
                 for segment, seen, put_off in native.read(piece):
-                    late = segment._replace(end=segment.start + put_off)
-                    count(late, seen, weights[segment.name].decision if put_off else None)
+                    if put_off:
+                        late = segment._replace(end=segment.start + put_off)
+                        count(late, seen, weights[segment.name].decision)
+                    else:
+                        count(segment, seen, None)
 
             with uncollected():
                 runs = cut(infos, run_length(total, threads, PIECE), MOST_SEGMENTS)
-            with _bounded(total):
+            with uncollected_if_short(total):
                 run(runs, work_natively, threads)
             native.settle()
         else:
             with uncollected():
                 runs = cut(infos, PIECE, _MAX_BUFFERS)
-            with _bounded(total):
+            with uncollected_if_short(total):
                 run(runs, work, threads)
     finish_deferred(weights, tensors, threads)
     return tensors, counts
@@ -163,11 +166,6 @@ def visit(
             advance(piece.nbytes)
 
         run(cut(infos, PIECE, _MAX_BUFFERS), work, threads)
-
-
-def _bounded(nbytes: int) -> AbstractContextManager[object]:
-    """No collection within a read of a few seconds at most."""
-    return uncollected() if nbytes <= _SECONDS_OF_READING else nullcontext()
 
 
 def finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:

@@ -42,8 +42,7 @@ class NativeRuns:
         piece: int,
         advance: Callable[[int], None],
     ) -> None:
-        self._handles, self._weights, self._piece, self._advance = handles, weights, piece, advance
-        self._places = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items()}
+        self._handles, self._tensors, self._piece, self._advance = handles, tensors, piece, advance
         self._tables: list[Table] = list(dict.fromkeys(job.table for job in weights.values()))
         self._cells = [Decision()]  # of the native code's own
         self._jobs: dict[str, tuple[int, int, int]] = {}
@@ -66,8 +65,10 @@ class NativeRuns:
         """
         words = array("Q")
         for name, start, end in run.segments:
-            first, last = self._places[name]
-            words.extend((first + start, end - start, first, last, *self._jobs.get(name, _KEEP), 0, 0, 0, 0, 0))
+            tensor = self._tensors[name]
+            first = tensor.data_ptr()
+            job = self._jobs.get(name, _KEEP)
+            words.extend((first + start, end - start, first, first + tensor.nbytes, *job, 0, 0, 0, 0, 0))
         handle, done = self._handles[run.file], 0
         while done < run.nbytes:
             now, error = read_segments(handle, run.offset, done, self._piece, words, self._tables, self._made)
@@ -75,9 +76,10 @@ class NativeRuns:
                 raise failed(run.file, run.offset + now, error, (s.name for s in run.segments))
             self._advance(now - done)
             done = now
-        for segment, at in zip(run.segments, range(0, len(words), SEGMENT), strict=True):
+        seen = words.tolist()
+        for segment, at in zip(run.segments, range(0, len(seen), SEGMENT), strict=True):
             if segment.name in self._jobs:
-                yield segment, Counts(*words[at + 7 : at + 11]), words[at + 11]
+                yield segment, Counts(*seen[at + 7 : at + 11]), seen[at + 11]
 
     def settle(self) -> None:
         """Tell the decisions how they came out."""

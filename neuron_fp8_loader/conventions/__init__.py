@@ -10,16 +10,16 @@
 from .activations import ACTIVATION_RULES, ActivationRule, activation_rule, partner_of
 from .convention import Convention
 from .lookalikes import PACKED_DTYPES, is_marker, packed_owners, weight_endings
-from .registry import candidates, conventions, module_of, register, unregister
+from .registry import Candidates, conventions, module_of, register, unregister
 from .table import table
 
 __all__ = [
     "ACTIVATION_RULES",
     "PACKED_DTYPES",
     "ActivationRule",
+    "Candidates",
     "Convention",
     "activation_rule",
-    "candidates",
     "conventions",
     "is_marker",
     "module_of",

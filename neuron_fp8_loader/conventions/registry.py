@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from functools import cached_property
 
 from ..errors import OptionError
@@ -93,20 +93,42 @@ def unregister(name: str) -> None:
     _registry = left
 
 
-def candidates(weight: str, names: Container[str]) -> list[tuple[Convention, str]]:
-    """The rules whose scale for ``weight`` is among ``names``, one a scale, beaten ones left out."""
-    matching: list[tuple[int, str, Convention]] = []
-    for head, tail, rules in _registry.by_weight:  # spelt out: this runs for every FP8 weight, perhaps 50,000 times
-        if weight.endswith(tail) and weight.startswith(head):
-            prefix = weight[len(head) : len(weight) - len(tail)]
-            if prefix:
-                matching += [
-                    (place, scale, rule)
-                    for place, before, after, rule in rules
-                    if (scale := before + prefix + after) in names
-                ]
-    found: dict[str, Convention] = {}
-    for _, scale, rule in sorted(matching, key=lambda match: match[0]) if len(matching) > 1 else matching:
-        found.setdefault(scale, rule)
-    beaten = {name for rule in found.values() for name in rule.beats} if len(found) > 1 else ()
-    return [(rule, scale) for scale, rule in found.items() if rule.name not in beaten]
+class Candidates:
+    """The scales of weights, among the names of a checkpoint's tensors.
+
+    Most rules are of no weight of a checkpoint: they are left out from the start, by what the names end in.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        lasts = {name[name.rfind(".") + 1 :] for name in names}
+        kept = (
+            (head, tail, [rule for rule in rules if _occurs(rule[2], lasts)])
+            for head, tail, rules in _registry.by_weight
+        )
+        self._by_weight = [(head, tail, rules) for head, tail, rules in kept if rules]
+
+    def of(self, weight: str) -> list[tuple[Convention, str]]:
+        """The rules whose scale for ``weight`` is among the names, one a scale, beaten ones left out."""
+        matching: list[tuple[int, str, Convention]] = []
+        for head, tail, rules in self._by_weight:  # spelt out: this runs for every FP8 weight, perhaps 50,000 times
+            if weight.endswith(tail) and weight.startswith(head) and len(weight) > len(head) + len(tail):
+                prefix = weight[len(head) : len(weight) - len(tail)]
+                for place, before, after, rule in rules:
+                    scale = before + prefix + after
+                    if scale in self._names:
+                        matching.append((place, scale, rule))
+        if len(matching) == 1:
+            ((_, scale, rule),) = matching
+            return [(rule, scale)]
+        found: dict[str, Convention] = {}
+        for _, scale, rule in sorted(matching, key=lambda match: match[0]):
+            found.setdefault(scale, rule)
+        beaten = {name for rule in found.values() for name in rule.beats}
+        return [(rule, scale) for scale, rule in found.items() if rule.name not in beaten]
+
+
+def _occurs(end: str, lasts: Collection[str]) -> bool:
+    """May a name end so, whose part after the last dot is one of these?"""
+    _, dot, last = end.rpartition(".")
+    return last in lasts if dot else any(name.endswith(last) for name in lasts)

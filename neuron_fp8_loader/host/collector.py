@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -58,6 +59,14 @@ class uncollected:
                 _inside -= 1
                 if _inside == 0 and _was_on:
                     gc.enable()
+
+
+_SECONDS_OF_READING = 1 << 28  # bytes, at most; below, what the collector finds to do is most of the work
+
+
+def uncollected_if_short(nbytes: int) -> contextlib.AbstractContextManager[object]:
+    """``uncollected`` for a block that reads so many bytes, if that takes a few seconds at most."""
+    return uncollected() if nbytes <= _SECONDS_OF_READING else contextlib.nullcontext()
 
 
 def _forked() -> None:

@@ -41,6 +41,13 @@ def mapped(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, d
     return out
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory of its own."""
+    if tensor.numel() <= GRAIN:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return mapped(torch.Tensor.detach, tensor, tensor.dtype)
+
+
 def count(work: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> int:
     """How many elements ``work`` says True of."""
     return sum(int(work(piece).sum()) for piece in _pieces(tensor))

@@ -141,12 +141,15 @@ def _together(recipe: Recipe, steps: list[Step], tensors: Tensors, verdict: Verd
         ScaleError: one of them, at least, is not as it should be.
     """
     given = [tensors[step.name] for step in steps]
-    made = _scale(recipe, steps[0], torch.cat([scale.reshape(-1) for scale in given]), verdict, "")
+    made = _scale(recipe, steps[0], torch.cat([s if s.dim() == 1 else s.reshape(-1) for s in given]), verdict, "")
     if made is None:
         return {}
     parts = made.split([scale.numel() for scale in given])
     # each in memory of its own, as whoever saves or frees them expects
-    return {step.name: part.view(scale.shape).clone() for step, part, scale in zip(steps, parts, given, strict=True)}
+    return {
+        step.name: part.clone() if scale.dim() == 1 else part.view(scale.shape).clone()
+        for step, part, scale in zip(steps, parts, given, strict=True)
+    }
 
 
 def laid_out_overflow(recipe: Recipe, counts: Mapping[str, Counts]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def load_slices(
     seen, steps = loaded.seen, recipe.steps
     report = make_report(recipe, options, loaded.tensors, seen.counts, verdict, loaded.scales, seen.fidelity)
     report.nbytes = loaded.nbytes
-    report.weights = [replace(w, numel=torch.Size(extent(parts[w.name])).numel()) for w in report.weights]
+    report.weights = [w._replace(numel=torch.Size(extent(parts[w.name])).numel()) for w in report.weights]
     out: dict[str, Any] = {steps[name].out: tensor for name, tensor in loaded.tensors.items()}
     mapped = checkpoint.source.mapped() or {}  # there, what is no tensor comes as it is
     out |= {name: value for name, value in mapped.items() if name not in recipe.plan.tensors}

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..codes.formats import HALF
 from ..codes.kernel import Counts, translate
 from ..errors import CheckpointError, Shown, listing, printable
 from ..host.cache import cached, keep
-from ..host.collector import uncollected
+from ..host.collector import uncollected, uncollected_if_short
 from ..host.memory import check_mode, needing
 from ..options import Options
 from ..plan import ALL, Plan, Recipe, Verdict, recipe_for
@@ -131,20 +132,23 @@ def load_checkpoint(
     begin = time.perf_counter()
     chosen = Options.of(options)
     place = existing(path, download=chosen.download)
-    with uncollected():
-        with needing(bytes_on_disk(place), Shown(place)):  # headers are read through a map of the whole file
-            checkpoint = open_checkpoint(place)
-        recipe = recipe_for(checkpoint, chosen)
-    plan = recipe.plan
-    for warning in plan.warnings:
-        log.warning("%s: %s", printable(plan.source), warning)
-    if slices is None and verdict is None:
-        state_dict, report = load_by(checkpoint, recipe, chosen)
-    else:
-        cuts, known = {} if slices is None else slices, ALL if verdict is None else verdict
-        state_dict, report = load_slices(checkpoint, recipe, chosen, cuts, known)
+    with ExitStack() as stack:
+        with uncollected():
+            with needing(bytes_on_disk(place), Shown(place)):  # headers are read through a map of the whole file
+                checkpoint = open_checkpoint(place)
+            recipe = recipe_for(checkpoint, chosen)
+            stack.enter_context(uncollected_if_short(sum(info.nbytes for info in checkpoint.selected_tensors())))
+        plan = recipe.plan
+        for warning in plan.warnings:
+            log.warning("%s: %s", printable(plan.source), warning)
+        if slices is None and verdict is None:
+            state_dict, report = load_by(checkpoint, recipe, chosen)
+        else:
+            cuts, known = {} if slices is None else slices, ALL if verdict is None else verdict
+            state_dict, report = load_slices(checkpoint, recipe, chosen, cuts, known)
     report.seconds = time.perf_counter() - begin
-    log.info("%s: %s", printable(plan.source), report.summary())
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s: %s", printable(plan.source), report.summary())
     return LoadedCheckpoint(state_dict, plan, report, dict(checkpoint.metadata))
 
 
@@ -201,10 +205,12 @@ class _Load:
     def __init__(self, checkpoint: Checkpoint, whole: Recipe, recipe: Recipe, options: Options) -> None:
         self.checkpoint, self.whole, self.recipe, self.options = checkpoint, whole, recipe, options
         self.threads, self.source = options.thread_count(), checkpoint.source
+        self.is_part = len(recipe.steps) < len(whole.steps)
 
     def run(self) -> tuple[dict[str, torch.Tensor], Report]:
         recipe = self.recipe
-        _refuse_torn(self.recipe, self.whole.torn(self.recipe.steps))
+        if self.is_part:
+            _refuse_torn(self.recipe, self.whole.torn(self.recipe.steps))
         self._check_unscaled_first()
         decisions = self._decisions()
         headers = recipe.plan.tensors
@@ -264,7 +270,7 @@ class _Load:
             # a scale without its weight, or weights read apart: the whole group decides, wherever it lies
             apart = {
                 scale: [plan.tensors[pair.weight] for pair in plan.by_scale[scale]]
-                for scale in decisions
+                for scale in (decisions if self.is_part else ())
                 if any(pair.weight not in here for pair in plan.by_scale[scale])
             }
         for scale, group in apart.items():

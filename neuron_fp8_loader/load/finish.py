@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..codes.formats import E4M3FN
 from ..host.memory import allocate, as_bytes, shaped
 from ..host.parallel import pieces
 from ..plan import Recipe, Step
@@ -48,6 +49,6 @@ def _piece(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 def as_codes(step: Step, tensor: torch.Tensor) -> torch.Tensor:
     """A weight of another FP8 dtype, translated where it lay, gets the dtype of its new codes."""
-    if step.action == "translate" and str(tensor.dtype) != f"torch.{step.dtype}":
-        return tensor.view(torch.float8_e4m3fn)
+    if step.action == "translate" and tensor.dtype != E4M3FN:
+        return tensor.view(E4M3FN)
     return tensor

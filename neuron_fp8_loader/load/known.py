@@ -43,12 +43,15 @@ def remember(recipe: Recipe, state_dict: Mapping[str, Any], counts: Mapping[str,
         counts: what each weight held on disk.
         verdict: which were translated.
     """
+    headers = recipe.plan.tensors
     for step in recipe.weights:
+        if headers[step.name].nbytes < WORTH:
+            continue
         tensor, seen = state_dict.get(step.out), counts.get(step.name)
         done = step.action == "requantize" or (step.action == "translate" and verdict.applies(step))
         if seen is None or step.place is not None or not isinstance(tensor, torch.Tensor):
             continue
-        if tensor.dtype == E4M3FN and tensor.numel() >= WORTH and (done or not seen.above):
+        if tensor.dtype == E4M3FN and (done or not seen.above):
             _remember(tensor, seen.nan)
 
 

@@ -13,7 +13,7 @@ from ..codes.dequantize import dequantize, scale_values, values
 from ..codes.kernel import place
 from ..codes.requantize import Fidelity, requantize, tiles
 from ..errors import ScaleError, listing
-from ..host.grain import count, mapped
+from ..host.grain import copied, count, mapped
 from ..host.memory import allocate, shaped
 from ..host.parallel import run
 from ..host.sharing import identity, once_each
@@ -124,6 +124,8 @@ def _without_scale(recipe: Recipe, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def as_float32(scale: torch.Tensor, where: str) -> torch.Tensor:
     """A scale of any dtype as float32. Raises ScaleError where a float64 one has no such value."""
+    if scale.dtype == torch.float32:
+        return scale
     exact = scale_values(scale)
 
     def lost(part: torch.Tensor) -> torch.Tensor:
@@ -143,10 +145,10 @@ def _reshaped(step: Step, tensor: torch.Tensor) -> bool:
 
 def _expanded(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if scale.numel() == math.prod(shape):
-        return mapped(torch.Tensor.detach, scale.reshape(shape), scale.dtype)
+        return copied(scale.reshape(shape))
     # one value for all, or one an expert
     leading = scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.numel() > 1 else scale.reshape([1] * len(shape))
-    return mapped(torch.Tensor.detach, leading.expand(shape), scale.dtype)
+    return copied(leading.expand(shape))
 
 
 def _twins(recipe: Recipe, tensors: Tensors) -> dict[Pair, Pair]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..codes import kernel
 from ..codes.kernel import Counts
@@ -15,8 +15,7 @@ from ..options import Options
 from ..plan import Recipe, Verdict
 
 
-@dataclass(frozen=True)
-class WeightReport:
+class WeightReport(NamedTuple):
     """One FP8 weight: its counts before the rescale, and whether it was rescaled."""
 
     name: str

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -259,7 +258,7 @@ def _as_stack(plan: Plan, pair: Pair) -> tuple[Plan, Pair]:
     """A plan of a pair alone, whose weight is the stack of its chunks."""
     info = plan.tensors[pair.weight]
     covers, shape = pair.granularity.apart(info.shape)
-    tensors = {pair.weight: replace(info, shape=shape), pair.scale: plan.tensors[pair.scale]}
+    tensors = {pair.weight: info._replace(shape=shape), pair.scale: plan.tensors[pair.scale]}
     return Plan(plan.source, tensors), pair._replace(granularity=covers)
 
 

@@ -83,6 +83,7 @@ _BYTES_A_TENSOR = 600  # of a plan or a recipe, about
 def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared | None = None) -> Plan:
     """Plan any set of tensors, on disk or in memory. Raises PlanError as ``plan_checkpoint`` does."""
     declared = declared or Declared()
+    candidates = conventions.Candidates(tensors.keys())
     problems: list[str] = []
     pairs: list[Pair] = []
     unscaled: list[str] = []
@@ -96,9 +97,9 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
             untouched.append(name)
         elif info.dtype in OTHER_FORMATS:
             other_formats.append(name)
-            other_scales |= {scale: None for _, scale in conventions.candidates(name, tensors)}
+            other_scales |= {scale: None for _, scale in candidates.of(name)}
         else:
-            found = conventions.candidates(name, tensors)
+            found = candidates.of(name)
             if not found:
                 unscaled.append(name)
             elif len(found) > 1:

@@ -178,7 +178,7 @@ def unfused(plan: Plan) -> Plan:
     tensors: dict[str, TensorInfo] = {}
     for name, info in plan.tensors.items():
         pieces = pieces_of(lies[name], name, info.shape) if name in lies else ()
-        tensors |= {piece.name: replace(info, name=piece.name, shape=piece.shape) for piece in pieces} or {name: info}
+        tensors |= {piece.name: info._replace(name=piece.name, shape=piece.shape) for piece in pieces} or {name: info}
     pairs: list[Pair] = []
     for pair in plan.pairs:
         if pair.weight not in lies:

@@ -209,7 +209,7 @@ def make_recipe(plan: Plan, what: What, names: Mapping[str, str] | None = None) 
 
 class _Maker:
     def __init__(self, plan: Plan, what: What, names: Mapping[str, str]) -> None:
-        self.plan, self.what, self.names = plan, what, names
+        self.plan, self.what, self.names, self.table = plan, what, names, what.table
         self.steps: dict[str, Step] = {}
         self.fusing = fuse(plan, what.layout) if what.experts == "fused" else Fusing()
         self.problems = list(self.fusing.problems)
@@ -244,7 +244,7 @@ class _Maker:
         scale, tensors = pairs[0].scale, self.plan.tensors
         actions = [self._weight_action(pair) for pair in pairs]
         for pair, (action, _) in zip(pairs, actions, strict=True):
-            table = HALF if action != "translate" else self.what.table
+            table = HALF if action != "translate" else self.table
             dtype = "bfloat16" if action == "dequantize" else tensors[pair.weight].dtype
             group = scale if action == "translate" else ""
             self._step(pair.weight, "weight", action, dtype=dtype, table=table, group=group, pair=pair)
@@ -284,7 +284,7 @@ class _Maker:
             self._step(pair.weight, "weight", "requantize", table=HALF, pair=pair)
             self._step(pair.scale, "scale", "requantize", pair=pair)
         else:
-            self._step(pair.weight, "weight", "translate", table=self.what.table, group=pair.scale, pair=pair)
+            self._step(pair.weight, "weight", "translate", table=self.table, group=pair.scale, pair=pair)
             self._step(pair.scale, "scale", "scale", group=pair.scale, pair=pair)
 
     def _weight_action(self, pair: Pair) -> tuple[Action, tuple[int, ...] | None]:
@@ -305,7 +305,8 @@ class _Maker:
 
     def _chosen(self, pair: Pair, option: Literal["keep", "dequantize"]) -> bool:
         """Does one of the option's patterns match the pair's module?"""
-        matching = {(option, p) for p in getattr(self.what, option) if fnmatchcase(pair.module, p)}
+        patterns = getattr(self.what, option)
+        matching = {(option, p) for p in patterns if fnmatchcase(pair.module, p)} if patterns else set()
         self.unused -= matching
         return bool(matching)
 
@@ -361,6 +362,8 @@ class _Maker:
         )
 
     def _check_names(self, steps: Mapping[str, Step]) -> None:
+        if all(step.out == step.name and not step.pieces for step in steps.values()):
+            return
         taken: dict[str, str] = {}
         for step in steps.values():
             owner = "the experts" if step.place else step.name

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ class Reader:
                     info = _header(name, part, Path(path))
                     if info.dtype in _OTHERS:  # paired with its scale as any other; read by its own values
                         self._others[name] = info.dtype
-                        info = replace(info, dtype="float8_e4m3fn")
+                        info = info._replace(dtype="float8_e4m3fn")
                     infos[name] = info  # of two files the last one counts, as ever there
                     self._places[name] = part
         directory = Path(next(iter(paths.values()))).parent
