@@ -16,9 +16,10 @@ from ..host.collector import uncollected, uncollected_if_short
 from ..host.memory import allocate, as_bytes, buffer, populate, shaped
 from ..host.parallel import PIECE, pieces, progress, run
 from .info import TensorInfo
-from .pieces import Decision, Piece, Segment, WeightJob, cut
+from .pieces import Piece, Segment, WeightJob, cut
 from .regular import ENDED, Opened, Stamp, failed, fill
 from .runs import MOST_SEGMENTS, NativeRuns, run_length
+from .tally import Tally
 
 Stamps = Mapping[Path, Stamp]
 
@@ -51,34 +52,7 @@ def read(
     with uncollected():
         dtypes = {info.dtype: info.torch_dtype for info in infos}
         tensors = {info.name: _fresh(info, dtypes[info.dtype]) for info in infos}
-    none = Counts()
-    counts = dict.fromkeys(weights, none)
-    lock = threading.Lock()
-
-    def count(segment: Segment, seen: Counts, put_off: Decision | None) -> None:
-        with lock:
-            before = counts[segment.name]
-            counts[segment.name] = seen if before is none else before + seen
-            if put_off is not None:
-                put_off.put_off(segment)
-
-    def settle(segment: Segment) -> None:
-        name, start, end = segment
-        job, part = weights[name], as_bytes(tensors[name])
-        if end - start < part.numel():
-            part = part[start:end]
-        decision, put_off = job.decision, None
-        if decision is not None and decision.convert:
-            seen = translate(part, part, job.table)
-        else:
-            seen = translate(part, None, job.table)
-            if decision is not None and seen.above:
-                decision.convert = True
-                translate(part, part, job.table)
-            else:
-                put_off = decision
-        count(segment, seen, put_off)
-
+    tally = Tally(weights)
     total = sum(info.nbytes for info in infos)
     with Opened(_files(infos), stamps) as handles, progress("reading", total, show_progress) as advance:
 
@@ -89,7 +63,8 @@ def read(
             _fill(handles[piece.file], piece, [_memory(tensors[s.name], s.start, s.end) for s in piece.segments])
             for segment in piece.segments:
                 if segment.name in weights:
-                    settle(segment)
+                    part = as_bytes(tensors[segment.name])[segment.start : segment.end]
+                    tally.settle(segment, part, part)
             advance(piece.nbytes)
 
         if reads_natively() and all(job.table.symmetric for job in weights.values()):
@@ -99,9 +74,9 @@ def read(
                 for segment, seen, put_off in native.read(piece):
                     if put_off:
                         late = segment._replace(end=segment.start + put_off)
-                        count(late, seen, weights[segment.name].decision)
+                        tally.add(late, seen, weights[segment.name].decision)
                     else:
-                        count(segment, seen, None)
+                        tally.add(segment, seen)
 
             with uncollected():
                 runs = cut(infos, run_length(total, threads, PIECE), MOST_SEGMENTS)
@@ -113,8 +88,8 @@ def read(
                 runs = cut(infos, PIECE, _MAX_BUFFERS)
             with uncollected_if_short(total):
                 run(runs, work, threads)
-    finish_deferred(weights, tensors, threads)
-    return tensors, counts
+    tally.finish(tensors, threads)
+    return tensors, tally.counts
 
 
 def find_overflow(infos: Iterable[TensorInfo], stamps: Stamps, table: Table) -> bool:
@@ -166,19 +141,6 @@ def visit(
             advance(piece.nbytes)
 
         run(cut(infos, PIECE, _MAX_BUFFERS), work, threads)
-
-
-def finish_deferred(weights: Mapping[str, WeightJob], tensors: Mapping[str, torch.Tensor], threads: int) -> None:
-    """Translate what was put off, where its scale turned out to be doubled."""
-    decisions = {id(job.decision): job.decision for job in weights.values() if job.decision is not None}
-    late = [part for decision in decisions.values() if decision.convert for part in decision.deferred or ()]
-
-    def work(part: Segment) -> None:
-        name, start, end = part
-        piece = as_bytes(tensors[name])[start:end]
-        translate(piece, piece, weights[name].table)
-
-    run(late, work, threads)
 
 
 def _fresh(info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:

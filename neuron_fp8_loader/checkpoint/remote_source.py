@@ -19,9 +19,9 @@ from .fetch import REQUEST, Piece, Take, cut, pump, requests_at_once, view
 from .info import TensorInfo
 from .pieces import Segment, WeightJob
 from .ranges import Range
-from .reader import finish_deferred
 from .regular import Stamp
 from .remote import Entry, RemotePath
+from .tally import Tally
 
 
 class RemoteSource:
@@ -59,28 +59,16 @@ class RemoteSource:
     ) -> tuple[dict[str, torch.Tensor], dict[str, Counts]]:
         raw = {info.name: allocate(info.nbytes) for info in infos}
         tensors = {info.name: shaped(raw[info.name], info.torch_dtype, info.shape) for info in infos}
-        counts, lock = dict.fromkeys(weights, Counts()), threading.Lock()
+        tally = Tally(weights)
 
         def settle(name: str, source: torch.Tensor, at: int) -> None:
-            job, out = weights.get(name), raw[name][at : at + source.numel()]
+            end = at + source.numel()
+            out = raw[name][at:end]
             populate(out, 0, out.numel())
-            if job is None:
+            if name in weights:
+                tally.settle(Segment(name, at, end), source, out)
+            else:
                 out.copy_(source)
-                return
-            convert = job.decision is not None and job.decision.convert
-            seen = translate(source, out if convert else None, job.table)
-            put_off = None if convert or seen.above else job.decision
-            with lock:
-                counts[name] += seen
-                if put_off is not None:
-                    put_off.put_off(Segment(name, at, at + source.numel()))
-            if convert:
-                return
-            if job.decision is not None and seen.above:
-                job.decision.convert = True
-                translate(source, out, job.table)
-                return
-            out.copy_(source)
 
         def use(name: str) -> Take:
             def take(offset: int, part: torch.Tensor) -> None:
@@ -90,8 +78,8 @@ class RemoteSource:
             return take
 
         self._fetch(((info, 0, info.nbytes, use(info.name)) for info in infos), threads, show_progress)
-        finish_deferred(weights, tensors, threads)
-        return tensors, counts
+        tally.finish(tensors, threads)
+        return tensors, tally.counts
 
     def visit(
         self,
