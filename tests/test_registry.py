@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from convention_rows import made
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import assert_bytes_kept, assert_pair_kept
 from safetensors.torch import save_file
 from support import ROOT
@@ -136,6 +138,33 @@ def test_rules_go_both_ways(rule: conventions.Convention) -> None:
     assert rule.weight_of(scale) == weight
     assert rule.scale_of(rule.weight.format("")) is None  # a module must have a name
     assert conventions.Candidates({scale}).of(weight)[0][1] == scale
+
+
+ODD = (
+    conventions.Convention("front", "w.{}", "s.{}"),
+    conventions.Convention("middle", "w_{}.q", "{}.of.w", beats=("front",)),
+)
+PIECES = ["a", "w", "s", ".", "_", "weight", "scale", "_inv", "s.", "w.", ".of.w", "_data", ".weight", "weight_scale"]
+
+
+@given(names=st.lists(st.lists(st.sampled_from(PIECES), max_size=5).map("".join), max_size=25))
+def test_the_rules_one_by_one_find_the_same(names: list[str]) -> None:
+    """What names end in only rules out; each rule's own word, in order, is the oracle."""
+    for rule in ODD:
+        conventions.register(rule)
+    try:
+        there = dict.fromkeys(names)
+        candidates = conventions.Candidates(there.keys())
+        for name in names:
+            found: dict[str, conventions.Convention] = {}
+            for rule in conventions.conventions():
+                if rule.scale_of(name) in there:
+                    found.setdefault(str(rule.scale_of(name)), rule)
+            beaten = {other for rule in found.values() for other in rule.beats}
+            assert candidates.of(name) == [(r, s) for s, r in found.items() if r.name not in beaten]
+    finally:
+        for rule in ODD:
+            conventions.unregister(rule.name)
 
 
 def test_the_registry_prints() -> None:
