@@ -30,8 +30,8 @@ def span(tensor: torch.Tensor) -> Span:
     """(first, one past the last) byte that the tensor reaches in its storage; empty tensors reach none."""
     size = tensor.element_size()
     start = int(tensor.storage_offset()) * size
-    if tensor.numel() == 0:
-        return start, start
+    if tensor.is_contiguous():  # empty ones are
+        return start, start + tensor.numel() * size
     reach = sum((int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (reach + 1) * size
 
@@ -80,6 +80,12 @@ def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         fresh = torch.empty(0, dtype=view.dtype, device="cpu")
         out.append(fresh.set_(copy, view.storage_offset(), view.shape, view.stride()))
     return out
+
+
+def overwrite(view: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy into the memory that a tensor shows, whatever mode it was made in; neither may be large (``grain``)."""
+    raw = torch.empty(0, dtype=view.dtype, device="cpu")
+    raw.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride()).copy_(value)
 
 
 def change_once(views: list[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -15,9 +15,22 @@ from ..codes.formats import E4M3FN, OTHER_FORMATS, Table
 from ..codes.kernel import Counts, translate
 from ..codes.scales import rescaled
 from ..errors import OptionError, WeightError, listing
+from ..host.collector import uncollected_if_short
+from ..host.grain import GRAIN
 from ..host.memory import allocate, as_bytes, check_mode, needing, shaped
 from ..host.parallel import pieces, run
-from ..host.sharing import Span, change_once, identity, is_plain, moved, once_each, overlapping, span, storage_id
+from ..host.sharing import (
+    Span,
+    change_once,
+    identity,
+    is_plain,
+    moved,
+    once_each,
+    overlapping,
+    overwrite,
+    span,
+    storage_id,
+)
 from ..host.signals import uninterrupted
 from ..options import Options
 from ..plan import Recipe, Verdict, make_plan, make_recipe
@@ -89,7 +102,8 @@ def rescale_by(
     if inplace and not isinstance(state_dict, MutableMapping):
         raise OptionError(f"inplace=True: a {type(state_dict).__name__} cannot be changed; give a dict")
     check_mode()
-    with needing(_memory(recipe, inplace), recipe.plan.source):
+    total = sum(info.nbytes for info in recipe.plan.tensors.values())
+    with needing(_memory(recipe, inplace), recipe.plan.source), uncollected_if_short(total):
         return _rescale(state_dict, recipe, options, threads, begin, inplace)
 
 
@@ -262,7 +276,9 @@ def _change(
             out |= views
         for group in overlapping({name: view for name, view in views.items() if name in convert or name in scales}):
             shown = [views[name] for name in group]
-            if group[0] in scales:
+            if group[0] in scales and len(group) == 1 and shown[0].is_contiguous() and shown[0].numel() <= GRAIN:
+                overwrite(shown[0], scales[group[0]])
+            elif group[0] in scales:
                 change_once(shown, partial(rescaled, table=table, where=group[0], reciprocal=group[0] in reciprocal))
             elif all(view.is_contiguous() for view in shown):
                 whole = _bytes_between(shown)
