@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import pytest
@@ -120,8 +121,6 @@ def test_scales_kept_beside_a_layout(tmp_path: object) -> None:
         (KeyError("layers.0.self_attn.Wqkv.scale"), "fused_qkv=False"),
         (KeyError("layers.0.mlp.up_proj.scale"), "Leave modules_to_not_convert out"),
         (RuntimeError("Cannot find layers.0.mlp.x.scale in state_dict"), "no scale came for it"),
-        (NotImplementedError(), "with a bias"),
-        (AssertionError("per_channel_axis cannot be None"), "per_channel_symmetric"),
     ],
 )
 def test_obscure_errors_are_said_in_words(error: Exception, words: str) -> None:
@@ -130,7 +129,49 @@ def test_obscure_errors_are_said_in_words(error: Exception, words: str) -> None:
     assert raised.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [KeyError("layers.0.weight"), RuntimeError("out of memory"), ValueError("scale")])
+def verify_scale_dimension(error: Exception) -> None:  # as in gqa.py
+    raise error
+
+
+def _setup_for_scale(error: Exception) -> None:  # as in quantization_layers.py
+    raise error
+
+
+def set_bias_to_state_dict(error: Exception) -> None:  # as there
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("raised_by", "error", "words"),
+    [
+        (verify_scale_dimension, AssertionError(), "no text.*per_channel_symmetric"),
+        (_setup_for_scale, AssertionError("per_channel_axis cannot be None"), "axis cannot be None.*per_channel_symm"),
+        (set_bias_to_state_dict, NotImplementedError(), "with a bias"),
+    ],
+)
+def test_errors_without_a_text_are_told_by_who_raised_them(
+    raised_by: Callable[[Exception], None], error: Exception, words: str
+) -> None:
+    with pytest.raises(OptionError, match=words) as raised, explained("model"):
+        raised_by(error)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("layers.0.weight"),
+        KeyError("rope_scale"),
+        KeyError(3),
+        RuntimeError("out of memory"),
+        RuntimeError("Cannot find a file with rope scales"),
+        ValueError("scale"),
+        NotImplementedError(),
+        AssertionError(),
+        AssertionError("Only GLU MLP is supported"),
+        AssertionError("logits must be divided by a scale"),
+    ],
+)
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, explained("model"):
         raise error
