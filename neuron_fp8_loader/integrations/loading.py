@@ -106,7 +106,7 @@ class Session:
             kept = experts_of(plan) if self.blocks else one_each(plan)
             options["keep"] = [*Options.of(self.options).keep, *patterns(plan, kept)]
         if modules is not None:
-            check_plain(unfused(plan), parts_dequantized(plan, options), modules)
+            check_plain(unfused(plan), parts_dequantized(plan, options), modules, self.entries)
         return options
 
     def named(self, state_dict: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -7,10 +7,11 @@ seen in the built model alone (a quantized layer's ``weight`` is FP8 there, on t
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,10 +36,17 @@ class Modules:
     Attributes:
         quantized: path of a module, from the model's root -> is its weight FP8?
         shapes: path of a quantized module -> the shapes of its weight and of its scale, on one rank.
+        others: path of a module -> its other paths, for NxD's fused kernels hold the experts' modules once more
+            (``mlp.moe_fused_tkg.expert_mlps``).
     """
 
-    def __init__(self, quantized: Mapping[str, bool], shapes: Mapping[str, Shapes] | None = None) -> None:
-        self.quantized, self.shapes = dict(quantized), dict(shapes or {})
+    def __init__(
+        self,
+        quantized: Mapping[str, bool],
+        shapes: Mapping[str, Shapes] | None = None,
+        others: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.quantized, self.shapes, self.others = dict(quantized), dict(shapes or {}), dict(others or {})
         self._places: dict[tuple[str, str], list[str]] = {}
         for path in self.quantized:
             self._places.setdefault(_place(path), []).append(path)
@@ -49,6 +57,11 @@ class Modules:
         return Modules(
             {p.removeprefix(head): q for p, q in self.quantized.items() if p.startswith(head)},
             {p.removeprefix(head): s for p, s in self.shapes.items() if p.startswith(head)},
+            {
+                p.removeprefix(head): [o.removeprefix(head) for o in os]
+                for p, os in self.others.items()
+                if p.startswith(head)
+            },
         )
 
     def find(self, module: str) -> str | None:
@@ -67,6 +80,26 @@ class Modules:
             if found:
                 return min(found, key=len)
         return None
+
+    def entries_for(self, paths: Iterable[str]) -> list[str]:
+        """Entries of ``modules_to_not_convert`` that keep these modules from being quantized, and no others.
+
+        NxD looks at every path of a module, and one that no entry is part of is enough to have it quantized: a block
+        that holds them all where that hits nothing else, else each path.
+        """
+        chosen, found = set(paths), {}
+        for path in sorted(chosen):
+            every = [path, *self.others.get(path, ())]
+            block = _common(every)
+            hit = {p for p, q in self.quantized.items() if q and any(block in o for o in (p, *self.others.get(p, ())))}
+            found.update(dict.fromkeys([block] if block and hit <= chosen else every))
+        return list(found)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The parts with which all paths begin."""
+    first = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
+    return ".".join(parts[0] for parts in first)
 
 
 def _place(path: str) -> tuple[str, str]:
@@ -92,7 +125,13 @@ def modules_of(app: Any) -> Modules | None:
         return None
     quantized: dict[str, bool] = {}
     shapes: dict[str, Shapes] = {}
-    for parameters in (dict(model.named_parameters()) for model in models):
+    others: dict[str, list[str]] = {}
+    for model in models:
+        paths: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        others.update({path: more for path, *more in paths.values() if more})
+        parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             if name.endswith(".weight") and parameter.dim() > 1:
                 path = name.removesuffix(".weight")
@@ -100,7 +139,7 @@ def modules_of(app: Any) -> Modules | None:
                 scale = parameters.get(f"{path}.scale")
                 if scale is not None:
                     shapes[path] = tuple(parameter.shape), tuple(scale.shape)
-    return Modules(quantized, shapes)
+    return Modules(quantized, shapes, others)
 
 
 def _built(app: Any) -> list[torch.nn.Module]:
@@ -170,13 +209,14 @@ def not_quantized(plan: Plan, entries: Collection[str], modules: Modules | None)
     return found
 
 
-def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules) -> None:
+def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules, entries: Sequence[str] = ()) -> None:
     """Raise OptionError where a weight that is not FP8 goes to a quantized layer: an entry of the list is missing.
 
     Args:
         plan: of the checkpoint.
         dequantized: names of FP8 weights that the load turns into bfloat16.
         modules: of the model.
+        entries: ``modules_to_not_convert``, which the message completes.
     """
     wrong: dict[str, str] = {}
     for name in checkpoint_modules(plan, dequantized):
@@ -187,8 +227,8 @@ def check_plain(plan: Plan, dequantized: Collection[str], modules: Modules) -> N
         found = [f"{path}, for {name}" for path, name in wrong.items()]
         raise OptionError(
             f"{plan.source}: not FP8, or not any more, but NxD would quantize {listing('module', found)}\n"
-            "No entry of modules_to_not_convert is part of these paths. Set it to a list with an entry for each, at "
-            f"compilation as at loading, such as {sorted(wrong)[:3]}"
+            "No entry of modules_to_not_convert is part of every path that the model has for them. At compilation as "
+            f"at loading, set modules_to_not_convert={[*entries, *modules.entries_for(wrong)]}"
         )
 
 

@@ -12,17 +12,18 @@ from typing import Any
 from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, Shown, listing, printable
 from ..plan import Plan, make_plan, plan_checkpoint
-from .flag import FLAG, acts, dequantized, parse
+from .flag import BLOCKWISE, FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import experts_of, with_bias
 from .names import contradictions, modules_to_not_convert
 from .places import here, is_store
 from .qkv import parts_dequantized, unfused
-from .stacks import takes
+from .stacks import FAMILIES, takes
 
 log = logging.getLogger("neuron_fp8_loader")
 
 LIST = "modules_to_not_convert"
+_LAYER = re.compile(r"^layers\.\d+$")
 _AMONG = re.compile(r"^(?P<layer>layers\.\d+)\.mlp(\.expert_mlps(?P<proj>\.mlp_op\.\w+)?)?$")
 # without them XLA and the compiler take e4m3fn constants and casts for what they are on a GPU
 ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
@@ -40,7 +41,7 @@ def init_neuron_config(original: Callable[..., None], self: Any, *args: Any, **k
         # the vision tower has a NeuronConfig of its own, with modules that the decoder's list does not name
         if kwargs.get("quantized") and not _is_vision(type(self)):
             _check_dtype(kwargs)
-            _check_hybrid(self, kwargs.get("quantized_checkpoints_path"), options)
+            _check_experts(self, kwargs, options)
             _settle_list(kwargs, kwargs.get("quantized_checkpoints_path"), options)
     original(self, *args, **kwargs)
     if given:
@@ -96,6 +97,15 @@ def _experts_in(block: str, entries: Iterable[str]) -> Iterator[str]:
             yield f"{match['layer']}.{block}{'.expert_mlps' + match['proj'] if match['proj'] else ''}"
 
 
+def _experts_of_checkpoints(entries: Iterable[str]) -> Iterator[str]:
+    """Entries that name experts in the block that a model has them in, as most models do: the reverse."""
+    for entry in entries:
+        for block in {form.block for form in FAMILIES.values() if form.block}:
+            layer, found, rest = entry.partition(f".{block}")
+            if found and _LAYER.match(layer) and (not rest or rest.startswith(".expert_mlps")):
+                yield f"{layer}.mlp{rest or '.expert_mlps'}"
+
+
 def _filled(neuron_config: Any) -> list[str] | None:
     """The list that is filled in for a config; None without a checkpoint, or for one that no class reads."""
     try:
@@ -137,12 +147,18 @@ def _check_dtype(kwargs: Mapping[str, Any]) -> None:
     raise OptionError(f'quantization_dtype="{dtype}": {reason}; with {FLAG} write quantization_dtype="f8e4m3"')
 
 
-def _check_hybrid(neuron_config: Any, path: Any, options: Mapping[str, Any]) -> None:
-    """Refuse experts that are sharded in one way for prompts and in another for generation.
+def _check_experts(neuron_config: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse what NxD gets wrong with FP8 experts, without an error.
 
-    NxD copies their weights for the second way (``modules/moe/expert_mlps_v2.py``), and not the scales.
+    Sharded in one way for prompts and in another for generation, their weights are copied for the second way
+    (``modules/moe/expert_mlps_v2.py``), and their scales are not. The fused kernel takes any scales for
+    [experts, 2, inner], whatever shape they have (``modules/moe/moe_fused_tkg.py``).
     """
-    if getattr(neuron_config, "hybrid_sharding_config", None) is None:
+    hybrid = getattr(neuron_config, "hybrid_sharding_config", None) is not None
+    kind = str(getattr(kwargs.get("quantization_type"), "value", kwargs.get("quantization_type")))
+    kernel = bool(kwargs.get("moe_fused_nki_kernel_enabled")) and kind in (BLOCKWISE, "per_channel_symmetric")
+    path = kwargs.get("quantized_checkpoints_path")
+    if not hybrid and not kernel:
         return
     try:
         plan = find_plan(path)
@@ -152,11 +168,17 @@ def _check_hybrid(neuron_config: Any, path: Any, options: Mapping[str, Any]) -> 
         return
     floats = dequantized(plan, options)
     fp8 = set(experts_of(plan)) - {pair.module for pair in plan.pairs if pair.weight in floats}
-    if fp8:
+    if fp8 and hybrid:
         raise OptionError(
             f"hybrid_sharding_config: NxD copies the weights of experts for it and not their scales, and "
             f"{len(fp8)} of {path} are FP8. Leave it out and set moe_tp_degree and moe_ep_degree, or have the experts "
             f'as bfloat16: {FLAG}={{"dequantize": ["*.experts.*"]}}'
+        )
+    if fp8:
+        raise OptionError(
+            f'moe_fused_nki_kernel_enabled with quantization_type="{kind}": the kernel takes one scale an output row '
+            f"of each expert and would misread these; {len(fp8)} matrices of {path} are FP8 experts. Set "
+            'quantization_type="expert_wise_per_channel_symmetric", or leave the kernel out'
         )
 
 
@@ -190,7 +212,7 @@ def _settle_list(
             log.info("%s: %s = %s", printable(str(path)), LIST, filled)
             kwargs[LIST] = filled
         return
-    listed, missing = contradictions(plan, given, out)
+    listed, missing = contradictions(plan, [*given, *_experts_of_checkpoints(given)], out)
     if listed:
         log.warning("%s names, so that they are loaded as bfloat16, %s", LIST, listing("FP8 module", listed, 5))
     if missing:

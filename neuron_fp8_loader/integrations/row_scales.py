@@ -1,7 +1,14 @@
 """Scales of layers that are no experts, where a model's conversion leaves them behind: they follow their rows.
 
 A conversion that renames a weight, fuses queries, keys and values, or cuts a projection in two often forgets the
-scale beside it. An output row keeps its scale wherever it goes, so rows are told by their bytes.
+scale beside it. An output row keeps its scale wherever it goes, so rows are told by their bytes:
+
+- a weight without a scale gets the scale of each row; a row that two scales could belong to is refused;
+- where a scale stayed beside a weight, each row that is known must have its own;
+- a weight that the conversion wrote into is not what it was: what may be a row of it is refused.
+
+Rows of zeros take any scale. Of rows that are in no weight of the layer (columns padded or reordered, weights that the
+model quantized anew) nothing is claimed: with a scale they pass, without one ``check_complete`` names them.
 """
 
 from __future__ import annotations
@@ -9,35 +16,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..conventions import module_of
 from ..errors import WeightError, listing
-from ..host.memory import as_bytes, buffer
 from .check import is_weight
 from .experts import is_expert, layer_of
+from .layer_rows import Given, LayerRows, fits
 from .names import short_name
 
 log = logging.getLogger("neuron_fp8_loader")
-
-_COLUMNS = 16  # of a sample, about
-
-
-class Given(NamedTuple):
-    """An FP8 weight [out, in] that a conversion is given; the tensors are not copied.
-
-    Attributes:
-        module: its name, without ``.weight``.
-        weight, scale: the scale has one value, or is [out, 1].
-        sample: some columns of its bytes, copied: they tell if the conversion wrote into the weight.
-    """
-
-    module: str
-    weight: torch.Tensor
-    scale: torch.Tensor
-    sample: torch.Tensor
 
 
 @dataclass
@@ -59,13 +49,8 @@ class Rows:
             scale = state_dict.get(f"{module}.scale")
             if not isinstance(scale, torch.Tensor) or is_expert(name) or not is_weight(name, weight, state_dict):
                 continue
-            if (
-                weight.dim() == 2
-                and weight.numel()
-                and (scale.numel() == 1 or tuple(scale.shape) == (weight.shape[0], 1))
-            ):
-                given = Given(module, weight, scale, _sample(weight).clone())
-                found.layers.setdefault(layer_of(name), []).append(given)
+            if weight.dim() == 2 and weight.numel() and fits(scale, weight):
+                found.layers.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
         return found
 
     def attach(self, converted: MutableMapping[str, Any], source: str) -> None:
@@ -79,29 +64,29 @@ class Rows:
 
         Raises:
             WeightError: a row may have come from two weights with different scales, or some rows of a weight are
-                known and others are not, or the conversion wrote into a weight.
+                known and others are not, or the conversion wrote into a weight, or moved rows and not their scales.
         """
-        bare = [
-            name
-            for name, weight in converted.items()
-            if not is_expert(name)
-            and is_weight(name, weight, converted)
-            and weight.dim() == 2
-            and f"{module_of(name)}.scale" not in converted
-        ]
-        problems = self._moved_without(converted)
-        owners: set[str] = set()
-        for layer in dict.fromkeys(map(layer_of, bare)):
-            known = _Known(self.layers.get(layer, []))
-            for name in (n for n in bare if layer_of(n) == layer):
+        weights: dict[str, list[str]] = {}
+        for name, weight in converted.items():
+            if not is_expert(name) and is_weight(name, weight, converted) and weight.dim() == 2 and weight.numel():
+                weights.setdefault(layer_of(name), []).append(name)
+        problems: list[str] = []
+        moved: list[str] = []
+        for number, names in weights.items():
+            layer = LayerRows(self.layers.get(number, []))
+            for name in names:
+                weight, place = converted[name], f"{module_of(name)}.scale"
                 try:
-                    scale = known.scale(converted[name])
+                    if place in converted:
+                        layer.check(name, weight, converted[place])
+                        continue
+                    scale = layer.scale(weight)
                 except ValueError as error:
-                    problems.append(f"{name} {list(converted[name].shape)}: {error}")
+                    problems.append(f"{name} {list(weight.shape)}: {error}")
                     continue
                 if scale is not None:
-                    converted[f"{module_of(name)}.scale"] = scale
-            owners |= known.used
+                    converted[place] = scale
+            moved += layer.moved()
         if problems:
             raise WeightError(
                 f"{source}: the model's conversion did something to FP8 weights that is not understood, "
@@ -109,86 +94,10 @@ class Rows:
                 "Expected were weights of which each row is a row of one weight of the same layer, or zeros. "
                 'Have these as bfloat16 with fp8_rescale={"dequantize": [...]} and modules_to_not_convert left out'
             )
-        moved = {short_name(module) for module in owners}
+        owners = {short_name(module) for module in moved}
         for name in [n for n in converted if n.endswith(".scale")]:
             module = name.removesuffix(".scale")
-            if f"{module}.weight" not in converted and short_name(module) in moved:
+            if f"{module}.weight" not in converted and short_name(module) in owners:
                 del converted[name]
-        if owners:
-            log.info("%s: scales follow rows of %s", source, listing("weight", sorted(owners), 5))
-
-    def _moved_without(self, converted: Mapping[str, Any]) -> list[str]:
-        """What is wrong with weights that kept name and scale, but whose rows lie in another order now."""
-        givens = {short_name(given.module): given for layer in self.layers.values() for given in layer}
-        problems = []
-        for name in [n for n in converted if n.endswith(".scale")]:
-            given, scale = givens.get(short_name(name.removesuffix(".scale"))), converted[name]
-            weight = converted.get(f"{name.removesuffix('.scale')}.weight")
-            if given is None or not isinstance(weight, torch.Tensor) or weight.dtype != given.weight.dtype:
-                continue
-            if scale.numel() == 1 or weight.shape != given.weight.shape or scale.numel() != weight.shape[0]:
-                continue
-            if torch.equal(_sample(weight), given.sample):
-                continue
-            try:
-                wanted = _Known([given]).scale(weight)
-            except ValueError as error:
-                problems.append(f"{name} {list(scale.shape)}: of its weight {error}")
-                continue
-            zero = (weight.view(torch.uint8) & 0x7F == 0).all(dim=1)  # any scale is right there
-            if wanted is not None and not bool(((wanted.flatten() == scale.float().flatten()) | zero).all()):
-                problems.append(f"{name} {list(scale.shape)}: its weight's rows were moved, it was not")
-        return problems
-
-
-class _Known:
-    """Rows of one layer's weights by their bytes. ``used``: the modules whose rows were asked for."""
-
-    def __init__(self, weights: list[Given]) -> None:
-        self.one = all(given.scale.numel() == 1 for given in weights)
-        self.used: set[str] = set()
-        self.changed = [given.module for given in weights if not torch.equal(_sample(given.weight), given.sample)]
-        self.rows: dict[bytes, tuple[float | None, str]] = {}  # no value: of two scales
-        for module, weight, scale, _ in weights:
-            values = scale.float().expand(weight.shape[0], 1).flatten().tolist()
-            for row, value in zip(_rows(weight), values, strict=True):
-                if self.rows.setdefault(row, (value, module))[0] != value:
-                    self.rows[row] = (None, module)
-
-    def scale(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """float32 [out, 1], or [1] where the weights of the layer have one each; None if no row is known.
-
-        Raises:
-            ValueError: some are not known, or have no one scale.
-        """
-        zeros = (weight.view(torch.uint8) & 0x7F == 0).all(dim=1).tolist()
-        found = [(1.0, "") if zero else self.rows.get(row) for row, zero in zip(_rows(weight), zeros, strict=True)]
-        modules = {row[1] for row in found if row} - {""}
-        if not modules:
-            return None
-        if self.changed:
-            raise ValueError(f"the conversion wrote into {self.changed[0]}")
-        if None in found:
-            raise ValueError(f"row {found.index(None)} is of no weight of this layer, others are of {sorted(modules)}")
-        values = [row[0] for row in found if row]
-        if None in values:
-            raise ValueError(f"row {values.index(None)} is in two weights, with different scales")
-        self.used |= modules
-        if not self.one:
-            return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
-        distinct = {value for value, zero in zip(values, zeros, strict=True) if not zero}
-        if len(distinct) > 1:
-            raise ValueError(
-                f'its rows have {len(distinct)} scales, of which quantization_type="per_tensor_symmetric" takes one; '
-                'set "per_channel_symmetric"'
-            )
-        return torch.tensor(list(distinct), dtype=torch.float32)
-
-
-def _rows(weight: torch.Tensor) -> list[bytes]:
-    raw, width = buffer(as_bytes(weight.contiguous())), weight.shape[1]
-    return [bytes(raw[start : start + width]) for start in range(0, weight.numel(), width)]
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(torch.uint8)[:, :: max(1, weight.shape[1] // _COLUMNS)]
+        if moved:
+            log.info("%s: scales follow rows of %s", source, listing("weight", sorted(moved), 5))

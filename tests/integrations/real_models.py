@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -141,23 +142,34 @@ def test_qwen3_5_with_its_attention_fused() -> None:
     assert min(found.values()) > REQUANTIZED
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm_moe_dsa", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm_moe_dsa", "dbrx", "qwen3_moe", "llama4"])
 def test_experts_as_bfloat16(family: str) -> None:
     """The list names paths that hang on the model: ``mlp.moe``, ``layers`` for ``blocks``. GLM's own list leaves its
-    experts out, so the error says what to write."""
-    fp8, plain = checkpoint(family, "tensor" if family == "dbrx" else "block")
+    experts out, and a list of single modules misses those of a fused kernel: the error says what to set."""
+    fp8, plain = checkpoint(
+        family, {"dbrx": "tensor", "qwen3_moe": "channel", "llama4": "channel"}.get(family, "block")
+    )
     given = {"fp8_rescale": {"dequantize": ["*.experts.*"]}, **TYPES["expert_wise"]}
-    if family == "glm_moe_dsa":
-        with pytest.raises(OptionError, match=r"feed_forward\.moe\.expert_mlps"):
+    if family in ("qwen3_moe", "llama4"):
+        block = "mlp" if family == "qwen3_moe" else "feed_forward.moe"
+        stacks = [f"layers.{n}.{block}.expert_mlps.mlp_op.{p}_proj" for n in range(2) for p in ("gate_up", "down")]
+        given["modules_to_not_convert"] = ["lm_head", *stacks]
+        given["moe_fused_nki_kernel_enabled"] = family == "qwen3_moe"
+    if family in ("glm_moe_dsa", "qwen3_moe", "llama4"):
+        with pytest.raises(OptionError, match=r"expert_mlps\.mlp_op") as error:
             shards(family, fp8, 2, **given)
-        given["modules_to_not_convert"] = ["lm_head", "self_attn", "shared_expert", "layers.0.mlp", "layers.1.mlp"]
+        suggested = re.search(r"set modules_to_not_convert=(\[.*\])", str(error.value))
+        assert suggested
+        given["modules_to_not_convert"] = ast.literal_eval(suggested[1])
     ranks = shards(family, fp8, 2, **given)
     for rank, other in zip(ranks, twin(family, plain, 2), strict=True):
         names = [n for n in other if ".mlp_op." in n]
         assert names
         for name in names:
-            assert torch.equal(rank[name], other[name].bfloat16())
+            assert rank[name].dtype == torch.bfloat16
+            assert torch.allclose(rank[name].float(), other[name], rtol=2**-8, atol=0)  # the twin was rounded before
             assert name.replace("weight", "scale") not in rank
+        assert any(t.dtype == FP8 for t in rank.values()) == (family != "glm_moe_dsa")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa"])

@@ -21,7 +21,7 @@ from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations import contributed, moe_checkpoints
 from tests.integrations.contributed import application
-from tests.integrations.real_cases import FP8
+from tests.integrations.real_cases import FP8, H
 from tests.support import e4m3fn, ieee_e4m3, shared, sqnr
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -225,6 +225,22 @@ def test_what_a_type_cannot_hold_is_refused_in_words(form: str, kind: str) -> No
     with pytest.raises(OptionError, match="expert_wise_per_channel_symmetric") as error:
         shards("mixtral", fp8, 1, **TYPES[kind])
     assert "mlp_op" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_assertion_of_a_model_about_something_else_passes(family: str) -> None:
+    with pytest.raises(AssertionError, match="Only GLU MLP is supported"):
+        shards(family, checkpoint(family, "channel")[0], 1, **TYPES["expert_wise"], glu_mlp=False)
+
+
+def test_assertions_about_scales_are_said_in_words(tmp_path: Path) -> None:
+    given = {"quantization_type": "blockwise_symmetric", "quantization_block_size": [128, 128]}
+    axes = "quantization_block_axis"
+    with pytest.raises(OptionError, match=rf"For weight shape .*per_channel_symmetric.*{axes}=\[1, 2\]"):
+        shards("mixtral", checkpoint("mixtral", "block")[0], 1, **given, quantization_block_axis=[0, 1])
+    H.make_tiny_checkpoint(tmp_path, flavour="block", kv_heads=4)
+    with pytest.raises(OptionError, match=r"no text.*per_channel_symmetric"):
+        shards("llama", tmp_path, 1, **given, quantization_block_axis=[0, 1])
 
 
 def test_the_comparison_sees_one_scale_in_the_place_of_another() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import pytest
 import torch
 
 from neuron_fp8_loader import OptionError, load_state_dict
+from neuron_fp8_loader.integrations import modules
 from neuron_fp8_loader.integrations.complete import check_complete
 from neuron_fp8_loader.integrations.explain import explained
 from neuron_fp8_loader.integrations.keys import quantizes_itself, reads_scale_inv
-from neuron_fp8_loader.integrations.modules import Modules, check_plain, experts_of, not_quantized, patterns, with_bias
+from neuron_fp8_loader.integrations.modules import (
+    Modules,
+    check_plain,
+    experts_of,
+    modules_of,
+    not_quantized,
+    patterns,
+    with_bias,
+)
 from tests.integrations.checkpoints import write
 from tests.integrations.test_names import plan_of
 from tests.support import codes
@@ -70,10 +80,65 @@ def test_a_weight_that_is_not_fp8_in_a_quantized_layer_is_refused() -> None:
     plan = plan_of(["model.layers.1.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"])
     with pytest.raises(OptionError, match=r"layers\.0\.self_attn\.qkv_proj\.q_proj, for model\.layers\.0"):
         check_plain(plan, (), LLAMA4)
+    with pytest.raises(OptionError, match=r"=\['lm_head', 'layers\.0\.self_attn\.qkv_proj\.q_proj'\]"):
+        check_plain(plan, (), LLAMA4, ["lm_head"])
     with pytest.raises(OptionError, match=r"layers\.1\.self_attn"):
         check_plain(plan, {"model.layers.1.self_attn.q_proj.weight"}, LLAMA4)
     good = plan_of(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"], [])
     check_plain(good, (), LLAMA4)
+
+
+class Block(torch.nn.Module):
+    """NxD's MoE module: the kernel's holds the experts once more."""
+
+    def __init__(self, fused: bool, shared: bool) -> None:
+        super().__init__()
+        self.expert_mlps = torch.nn.ModuleDict(
+            {"gate_up_proj": torch.nn.Linear(2, 2), "down_proj": torch.nn.Linear(2, 2)}
+        )
+        if shared:
+            self.shared_experts = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(2, 2)})
+        if fused:
+            self.moe_fused_tkg = torch.nn.ModuleDict({"expert_mlps": self.expert_mlps})
+
+
+def quantized_by_nxd(module: torch.nn.Module, entries: list[str], path: str = "") -> set[int]:
+    """The layers that NxD's rule quantizes (quantize.py): every path is looked at, one is enough."""
+    found = set()
+    for name, child in module.named_children():
+        at = f"{path}.{name}".lstrip(".")
+        if isinstance(child, torch.nn.Linear):
+            if name not in entries and not any(entry in at for entry in entries):
+                found.add(id(child))
+        else:
+            found |= quantized_by_nxd(child, entries, at)
+    return found
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("which", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_what_a_missing_entry_is_said_to_be_works_by_nxds_own_rule(
+    fused: bool, shared: bool, which: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.ModuleDict(
+        {"layers": torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": Block(fused, shared)}) for _ in range(12))}
+    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    monkeypatch.setattr(modules, "_built", lambda app: [model])
+    seen = modules_of(None)
+    assert seen is not None
+    wrong = [f"layers.1.mlp.expert_mlps.{name}" for name in which]
+    entries = seen.entries_for(wrong)
+    assert (
+        entries == ["layers.1.mlp"]
+        if fused and len(which) == 2 and not shared
+        else all("layers.1." in e for e in entries)
+    )
+    every = quantized_by_nxd(model, [])
+    left = {id(model.get_submodule(path)) for path in wrong}
+    assert quantized_by_nxd(model, entries) == every - left
 
 
 @pytest.mark.parametrize(
@@ -120,8 +185,6 @@ def test_scales_kept_beside_a_layout(tmp_path: object) -> None:
         (KeyError("layers.0.self_attn.Wqkv.scale"), "fused_qkv=False"),
         (KeyError("layers.0.mlp.up_proj.scale"), "Leave modules_to_not_convert out"),
         (RuntimeError("Cannot find layers.0.mlp.x.scale in state_dict"), "no scale came for it"),
-        (NotImplementedError(), "with a bias"),
-        (AssertionError("per_channel_axis cannot be None"), "per_channel_symmetric"),
     ],
 )
 def test_obscure_errors_are_said_in_words(error: Exception, words: str) -> None:
@@ -130,7 +193,49 @@ def test_obscure_errors_are_said_in_words(error: Exception, words: str) -> None:
     assert raised.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [KeyError("layers.0.weight"), RuntimeError("out of memory"), ValueError("scale")])
+def verify_scale_dimension(error: Exception) -> None:  # as in gqa.py
+    raise error
+
+
+def _setup_for_scale(error: Exception) -> None:  # as in quantization_layers.py
+    raise error
+
+
+def set_bias_to_state_dict(error: Exception) -> None:  # as there
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("raised_by", "error", "words"),
+    [
+        (verify_scale_dimension, AssertionError(), "no text.*per_channel_symmetric"),
+        (_setup_for_scale, AssertionError("per_channel_axis cannot be None"), "axis cannot be None.*per_channel_symm"),
+        (set_bias_to_state_dict, NotImplementedError(), "with a bias"),
+    ],
+)
+def test_errors_without_a_text_are_told_by_who_raised_them(
+    raised_by: Callable[[Exception], None], error: Exception, words: str
+) -> None:
+    with pytest.raises(OptionError, match=words) as raised, explained("model"):
+        raised_by(error)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("layers.0.weight"),
+        KeyError("rope_scale"),
+        KeyError(3),
+        RuntimeError("out of memory"),
+        RuntimeError("Cannot find a file with rope scales"),
+        ValueError("scale"),
+        NotImplementedError(),
+        AssertionError(),
+        AssertionError("Only GLU MLP is supported"),
+        AssertionError("logits must be divided by a scale"),
+    ],
+)
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, explained("model"):
         raise error

@@ -103,6 +103,43 @@ def test_hybrid_sharding_of_fp8_experts_is_refused(enabled: Standin, tmp_path: P
     enabled.config.MoENeuronConfig(**settings(path, **hybrid, fp8_rescale=False))
 
 
+@pytest.mark.parametrize("kind", ["blockwise_symmetric", "per_channel_symmetric", "expert_wise_per_channel_symmetric"])
+def test_scales_that_the_fused_kernel_would_misread_are_refused(enabled: Standin, tmp_path: Path, kind: str) -> None:
+    """It views any scales as [experts, 2, inner]."""
+    experts = [f"model.layers.0.mlp.experts.{n}.{p}_proj" for n in range(2) for p in ("gate", "up", "down")]
+    path = write(tmp_path / "fp8", state_dict(layers=experts))
+    given = {"quantization_type": kind, "quantization_block_axis": [1, 2], "quantization_block_size": [128, 128]}
+    given["moe_fused_nki_kernel_enabled"] = True
+    if kind.startswith("expert_wise"):
+        enabled.config.MoENeuronConfig(**settings(path, **given))
+        return
+    with pytest.raises(OptionError, match=rf'{kind}".*6 matrices.*expert_wise_per_channel_symmetric'):
+        enabled.config.MoENeuronConfig(**settings(path, **given))
+    enabled.config.MoENeuronConfig(**settings(write(tmp_path / "dense", state_dict()), **given))
+    enabled.config.MoENeuronConfig(**settings(path, **given | {"moe_fused_nki_kernel_enabled": None}))
+
+
+def test_a_list_may_name_experts_where_the_model_has_them(enabled: Standin, tmp_path: Path) -> None:
+    """As the load's error gives it: GLM's and Qwen3.5's MoE module is within ``feed_forward`` or ``mlp``."""
+    experts = [f"model.layers.0.mlp.experts.{n}.{p}_proj" for n in range(2) for p in ("gate", "up", "down")]
+    path = write(tmp_path / "fp8", state_dict(layers=[*experts, "model.layers.0.self_attn.q_proj"]))
+    floats = {"fp8_rescale": {"dequantize": ["*.experts.*"]}}
+    stack = "expert_mlps.mlp_op"
+    for named in (
+        ["layers.0.feed_forward.moe"],
+        ["layers.0.mlp.moe.expert_mlps"],
+        [f"layers.0.mlp.moe.{stack}.{p}_proj" for p in ("gate_up", "down")],
+    ):
+        enabled.config.MoENeuronConfig(**settings(path, **floats, modules_to_not_convert=["lm_head", *named]))
+    for named in (
+        ["layers.1.feed_forward.moe"],
+        ["layers.0.feed_forward.moe.router"],
+        [f"layers.0.mlp.moe.{stack}.down_proj"],
+    ):
+        with pytest.raises(OptionError, match="contradicts"):
+            enabled.config.MoENeuronConfig(**settings(path, **floats, modules_to_not_convert=["lm_head", *named]))
+
+
 class TestModulesToNotConvert:
     def test_filled_in_where_it_was_left_out(self, enabled: Standin, tmp_path: Path) -> None:
         path = write(tmp_path, state_dict(plain=("self_attn",)))

@@ -155,8 +155,151 @@ def test_the_same_row_in_two_weights(equal: bool) -> None:
         tensors[f"{AT}.k_proj.scale"][5] = tensors[f"{AT}.q_proj.scale"][2]
         assert value(converted(tensors, _fuse), f"{AT}.Wqkv").shape == (64, WIDE)
         return
-    with pytest.raises(WeightError, match="row 2 is in two weights"):
+    with pytest.raises(WeightError, match=r"row 2 may be row 2 of \S+q_proj or row 5 of \S+k_proj, which have"):
         converted(tensors, _fuse)
+
+
+def test_two_rows_of_one_weight_that_are_the_same() -> None:
+    tensors = given()
+    raw(tensors[f"{AT}.q_proj.weight"])[5] = raw(tensors[f"{AT}.q_proj.weight"])[2]
+    with pytest.raises(WeightError, match=r"row 2 may be row 2 of \S+q_proj or row 5 of \S+q_proj, which have"):
+        converted(tensors, _fuse)
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_keys_that_are_also_values(one: bool) -> None:
+    """Tied: every row is in both, and both lose their scales."""
+    tensors = given(one=one)
+    for end in ("weight", "scale"):
+        tensors[f"{AT}.v_proj.{end}"] = tensors[f"{AT}.k_proj.{end}"].clone()
+        if one:
+            tensors[f"{AT}.q_proj.scale"] = tensors[f"{AT}.k_proj.scale"].clone()
+    want = np.concatenate([value(tensors, f"{AT}.{name}") for name in SIZES])
+    result = converted(tensors, _fuse)
+    assert np.array_equal(value(result, f"{AT}.Wqkv"), want)
+    assert not [name for name in result if name.startswith(AT) and "Wqkv" not in name]
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_zeros(fused: bool, one: bool) -> None:
+    tensors = given(one=one)
+    raw(tensors[f"{AT}.v_proj.weight"])[:] = torch.tensor([0, 0x80], dtype=torch.uint8).repeat(WIDE // 2)
+    if one:
+        tensors[f"{AT}.k_proj.scale"] = tensors[f"{AT}.q_proj.scale"].clone()
+
+    def convert(state: Tensors) -> None:
+        if fused:
+            _fuse(state)
+        else:
+            state[f"{AT}.values.weight"] = state.pop(f"{AT}.v_proj.weight")
+
+    result = converted(tensors, convert)
+    at = f"{AT}.Wqkv" if fused else f"{AT}.values"
+    assert np.array_equal(value(result, at)[-16:], np.zeros((16, WIDE)))
+    assert result[f"{at}.scale"].shape == ((1,) if one else (len(result[f"{at}.weight"]), 1))
+    assert f"{AT}.v_proj.scale" not in result
+
+
+def test_another_weight_that_the_conversion_wrote_into_is_not_in_the_way() -> None:
+    tensors = given()
+    tensors[f"{AT}.o_proj.weight"] = random_codes((32, WIDE), 77, top=0x77)
+    tensors[f"{AT}.o_proj.scale"] = torch.rand(32, 1)
+
+    def convert(state: Tensors) -> None:
+        raw(state[f"{AT}.o_proj.weight"])[:, :4] = 0
+        _fuse(state)
+
+    want = np.concatenate([value(tensors, f"{AT}.{name}") for name in SIZES])
+    assert np.array_equal(value(converted(tensors, convert), f"{AT}.Wqkv"), want)
+
+
+def test_rows_in_another_order_in_place_keep_the_one_scale_of_their_weight() -> None:
+    tensors = given(one=True)
+    scale = tensors[f"{AT}.q_proj.scale"].clone()
+
+    def convert(state: Tensors) -> None:
+        raw(state[f"{AT}.q_proj.weight"]).copy_(raw(state[f"{AT}.q_proj.weight"]).flip(0).clone())
+
+    assert torch.equal(converted(tensors, convert)[f"{AT}.q_proj.scale"], scale)
+
+
+@pytest.mark.parametrize("end", ["columns padded", "columns in another order", "one scale, transposed"])
+def test_what_keeps_a_scale_right_passes(end: str) -> None:
+    tensors = given(one=end.startswith("one"))
+    name = f"{AT}.q_proj.weight"
+
+    def convert(state: Tensors) -> None:
+        old = raw(state[name])
+        more = torch.nn.functional.pad(old, (0, 8))
+        state[name] = {"c": more if end.endswith("padded") else old.flip(1), "o": old.T}[end[0]].contiguous().view(FP8)
+
+    scale = tensors[f"{AT}.q_proj.scale"].clone()
+    assert torch.equal(converted(tensors, convert)[f"{AT}.q_proj.scale"], scale)
+
+
+def _transpose(state: Tensors) -> None:
+    state[f"{AT}.q_proj.weight"] = raw(state[f"{AT}.q_proj.weight"]).T.contiguous().view(FP8)
+
+
+def _exchange(state: Tensors) -> None:
+    k, v = (f"{AT}.{n}_proj.weight" for n in "kv")
+    state[k], state[v] = state[v], state[k]
+
+
+def _exchange_scales(state: Tensors) -> None:
+    k, v = (f"{AT}.{n}_proj.scale" for n in "kv")
+    state[k], state[v] = state[v], state[k]
+
+
+def _fuse_in_another_order(state: Tensors) -> None:
+    scales = [state.pop(f"{AT}.{name}.scale") for name in SIZES]
+    _fuse(state)
+    padding = torch.ones(2, 1)
+    state[f"{AT}.Wqkv.scale"] = torch.cat([*scales[::-1], padding])
+    weight = torch.nn.functional.pad(raw(state[f"{AT}.Wqkv.weight"]), (0, 0, 0, 2))
+    state[f"{AT}.Wqkv.weight"] = weight.view(FP8)
+
+
+def _rename_and_move(state: Tensors) -> None:
+    state[f"{AT}.query.weight"] = raw(state.pop(f"{AT}.q_proj.weight")).flip(0).view(FP8)
+    state[f"{AT}.query.scale"] = state.pop(f"{AT}.q_proj.scale")
+
+
+@pytest.mark.parametrize(
+    ("convert", "one", "text"),
+    [
+        (_transpose, False, "it was transposed, its scale was not"),
+        (_exchange, False, "row 0 is row 0 of .*v_proj, whose scale is another"),
+        (_exchange, True, "row 0 is row 0 of .*v_proj, whose scale is another"),
+        (_rename_and_move, False, "row 0 is row 31 of .*rows were moved"),
+        (_exchange_scales, False, "row 0 is row 0 of .*k_proj, whose scale is another"),
+        (_exchange_scales, True, "row 0 is row 0 of .*k_proj, whose scale is another"),
+        (_fuse_in_another_order, False, "row 0 is row 0 of .*q_proj, whose scale is another"),
+    ],
+)
+def test_a_scale_that_stayed_where_its_weight_did_not(
+    convert: Callable[[Tensors], None], one: bool, text: str
+) -> None:
+    tensors = given(one=one)
+    if convert is _transpose:
+        tensors[f"{AT}.q_proj.weight"] = random_codes((WIDE, WIDE), 5, top=0x77)
+        tensors[f"{AT}.q_proj.scale"] = torch.rand(WIDE, 1)
+    with pytest.raises(WeightError, match=text):
+        converted(tensors, convert)
+
+
+def test_rows_swapped_in_place_that_no_sample_tells_apart() -> None:
+    """torch counts the change."""
+    tensors = given()
+    weight = raw(tensors[f"{AT}.q_proj.weight"])
+    weight[:, :: WIDE // 16] = 7
+
+    def convert(state: Tensors) -> None:
+        weight[[0, 1]] = weight[[1, 0]]
+
+    with pytest.raises(WeightError, match="wrote into"):
+        converted(tensors, convert)
 
 
 def test_weights_that_are_not_known_are_left() -> None:
