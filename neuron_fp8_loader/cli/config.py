@@ -85,13 +85,14 @@ def config(
       neuron-fp8 config ./Qwen3-235B-A22B-FP8 --tp 64 --moe-ep 16
       neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
+    from ..integrations.flag import BLOCKWISE, parse
     from ..tools.settings import plugin_settings_for, settings_for
     from ..tools.shards import Target, beside
 
     if stack == "vllm-neuron":
-        given: dict[str, Any] = {"--modules-file": modules_file, "--experts": experts}
-        given |= {"--moe-tp": moe_tp_degree, "--moe-ep": moe_ep_degree}
-        for option in (name for name, value in given.items() if value):
+        other: dict[str, Any] = {"--modules-file": modules_file, "--experts": experts}
+        other |= {"--moe-tp": moe_tp_degree, "--moe-ep": moe_ep_degree}
+        for option in (name for name, value in other.items() if value):
             raise click.UsageError(f"{option} is for NxD Inference, which --for vllm-neuron does without")
         plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
         if plugin.fp8:
@@ -112,7 +113,9 @@ def config(
         moe_ep_degree=moe_ep_degree,
     )
     if settings.fp8:
-        _refuse(ctx, stack, headers_only, {"method": method, "threads": threads}, blocks=experts == "blockwise")
+        told = settings.neuron_config
+        given = {"method": method, "threads": threads, **(parse(told["fp8_rescale"]) or {})}
+        _refuse(ctx, stack, headers_only, given, blocks=told["quantization_type"] == BLOCKWISE)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         target = Path(modules_file)
