@@ -173,3 +173,10 @@ def test_without_a_config_json_nxd_reads_nothing() -> None:
     notes = " ".join(settings_for(shared("derived_comfy_scaled_old")).notes)
     assert "no config.json" in notes
     assert "no config.json" not in " ".join(settings_for(shared("hf_fp8_block")).notes)
+
+
+def test_inference_demo_is_left_out_where_it_does_not_run_the_model(tmp_path: Path) -> None:
+    fp8, _ = moe_checkpoints.write(tmp_path, "llama4", "channel")
+    assert run_json("config", fp8)["inference_demo"] == []
+    assert "import inference_demo" not in run("config", fp8).stdout
+    assert "import inference_demo" in run("config", shared("ct_fp8_dynamic_moe")).stdout

@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from neuron_fp8_loader import Fp8LoaderError
+from neuron_fp8_loader.cli.config import DEMO_MODELS
 from tests.cli.helpers import run, run_json
 from tests.integrations.at_hand import AT_HAND, Checkpoint, whole_model
 from tests.integrations.moe_matrix import ROWS
@@ -143,6 +145,30 @@ def test_what_is_refused_does_not_load(
     given["fp8_rescale"], given["modules_to_not_convert"] = True, ["lm_head"]
     with pytest.raises((Fp8LoaderError, RuntimeError, AssertionError)):
         shards(row[0], path, given["tp_degree"], **given)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row[0] in ("qwen3_moe", "mixtral", "dbrx")])
+def test_inference_demo_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row: Row) -> None:
+    """Its printed command is run, up to the NeuronConfig that it makes."""
+    from neuronx_distributed_inference import inference_demo as demo
+
+    path, _ = checkpoint(*row)
+    args = ("--tp", 2, *(("--experts", "blockwise") if has_blocks(row) else ()))
+    given = pasted(path, *args)
+    text = run("config", path, *args, "--modules-file", tmp_path / "modules.json").stdout
+    (command,) = re.findall(r"^python -c .*?(?=\n\n)", text, re.DOTALL | re.MULTILINE)
+    program, *arguments = shlex.split(command.replace("\\\n", " "))[2:]
+    made: list[Any] = []
+    monkeypatch.setattr(
+        demo, "run_inference", lambda model, args: made.append(demo.create_neuron_config(model, args)[1])
+    )
+    monkeypatch.setattr(demo, "create_neuron_config", demo.create_neuron_config)  # the program replaces it
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    exec(program, {})
+    (neuron_config,) = made
+    assert {name: vars(neuron_config)[name] for name in given} == given
+    # of other models it runs none, and none is printed
+    assert set(DEMO_MODELS) == set(demo.MODEL_TYPES)
 
 
 @pytest.mark.parametrize(("name", "sentence"), [("ct_int8_w8a8", "int8"), ("ct_nvfp4", "NVFP4")])
