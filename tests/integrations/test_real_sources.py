@@ -21,6 +21,7 @@ CASES = [
     ("real_moe_ep.py",),
     ("real_mimo.py",),
     ("real_config.py",),
+    ("real_disable.py",),
 ]
 
 
