@@ -38,6 +38,9 @@ create = demo.create_neuron_config
 demo.create_neuron_config = lambda model, args: create(model, argparse.Namespace(**vars(args), {more}))
 demo.main()"""
 
+DEMO_MODELS = ("llama", "mistral", "mixtral", "dbrx", "qwen2", "qwen3", "qwen3_moe", "gemma3")
+"""The model types that ``inference_demo`` runs (Neuron SDK 2.29)."""
+
 _MODULES_FILE = "modules_to_not_convert.json"
 
 
@@ -85,13 +88,14 @@ def config(
       neuron-fp8 config ./Qwen3-235B-A22B-FP8 --tp 64 --moe-ep 16
       neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
+    from ..integrations.flag import BLOCKWISE, parse
     from ..tools.settings import plugin_settings_for, settings_for
     from ..tools.shards import Target, beside
 
     if stack == "vllm-neuron":
-        given: dict[str, Any] = {"--modules-file": modules_file, "--experts": experts}
-        given |= {"--moe-tp": moe_tp_degree, "--moe-ep": moe_ep_degree}
-        for option in (name for name, value in given.items() if value):
+        other: dict[str, Any] = {"--modules-file": modules_file, "--experts": experts}
+        other |= {"--moe-tp": moe_tp_degree, "--moe-ep": moe_ep_degree}
+        for option in (name for name, value in other.items() if value):
             raise click.UsageError(f"{option} is for NxD Inference, which --for vllm-neuron does without")
         plugin = plugin_settings_for(ckpt, tp_degree=tp_degree, method=method)
         if plugin.fp8:
@@ -112,7 +116,9 @@ def config(
         moe_ep_degree=moe_ep_degree,
     )
     if settings.fp8:
-        _refuse(ctx, stack, headers_only, {"method": method, "threads": threads}, blocks=experts == "blockwise")
+        told = settings.neuron_config
+        given = {"method": method, "threads": threads, **(parse(told["fp8_rescale"]) or {})}
+        _refuse(ctx, stack, headers_only, given, blocks=told["quantization_type"] == BLOCKWISE)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         target = Path(modules_file)
@@ -168,9 +174,12 @@ def _refuse(
 
 
 def inference_demo_arguments(settings: Settings, modules_file: str) -> list[str]:
-    """The arguments of ``inference_demo`` that say the same as the keyword arguments, as far as it has options."""
+    """The arguments of ``inference_demo`` that say the same as the keyword arguments, as far as it has options.
+
+    Empty where it does not run the model's type.
+    """
     values = settings.neuron_config
-    if not settings.fp8:
+    if not settings.fp8 or settings.model_type not in (None, *DEMO_MODELS):
         return []
     path = str(values["quantized_checkpoints_path"])
     arguments = ["--model-type", settings.model_type or "MODEL_TYPE", "--task-type", "causal-lm", "run"]
@@ -185,7 +194,7 @@ def inference_demo_arguments(settings: Settings, modules_file: str) -> list[str]
     arguments += ["--quantization-type", values["quantization_type"]]
     if values["modules_to_not_convert"]:
         arguments += ["--modules-to-not-convert-file", modules_file]
-    return arguments
+    return [*arguments, "--prompt", "Hello"]  # it wants one
 
 
 def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
@@ -204,14 +213,19 @@ def _text(settings: Settings, demo: list[str], modules_file: str | None) -> str:
     if "batch_size" in values:
         lines += [f"    --max-num-seqs {values['batch_size']} \\"]
     lines += [f"    --additional-config {shell(override)}"]
-    lines += ["", "# inference_demo, which has no option of its own for the flag"]
-    if "--modules-to-not-convert-file" in demo and not modules_file:
-        lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
-    launch = _LAUNCH.format(more=", ".join(f"{name}={values[name]!r}" for name in _NO_OPTION if name in values))
-    lines += [f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
+    if demo:
+        lines += _launcher(values, demo, modules_file)
     lines += ["", f"# scales: {settings.layout}"]
     lines += [f"# note: {note}" for note in settings.notes]
     return "\n".join(lines)
+
+
+def _launcher(values: dict[str, Any], demo: list[str], modules_file: str | None) -> list[str]:
+    lines = ["", "# inference_demo, which has no option of its own for the flag"]
+    if "--modules-to-not-convert-file" in demo and not modules_file:
+        lines += [f"# ({_MODULES_FILE}: neuron-fp8 config CKPT --modules-file {_MODULES_FILE})"]
+    launch = _LAUNCH.format(more=", ".join(f"{name}={values[name]!r}" for name in _NO_OPTION if name in values))
+    return [*lines, f"python -c {shlex.quote(launch)} \\", f"    {' '.join(_words(demo))}"]
 
 
 def _plugin_text(settings: PluginSettings, method: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from ..conventions import module_of
 from ..errors import PlanError
 from ..plan import Recipe, Step
-from .settings import EXPERT_WISE, nxd_layout
+from .expert_types import has_experts
 from .stacks import NXD, Aim
 
 _DECLARED = ("quantization_config", "compression_config")
@@ -55,7 +55,7 @@ def form_for(aim: Aim) -> Form:
         return Form(_renamed(replace(recipe, steps=steps)), changed=True, free=True)
     if aim.stack != NXD or recipe.what.layout == "keep":
         return Form(recipe)
-    free = nxd_layout(recipe.plan)[0] != EXPERT_WISE  # NxD's conversions leave the scales of experts behind
+    free = not has_experts(recipe.plan)  # NxD's conversions leave the scales of experts behind
     return Form(_renamed(recipe), True, _declared(recipe), free)
 
 

@@ -23,6 +23,10 @@ from ..plan import Plan
 LEAST_BLOCK = 16
 """The smallest side of a block that the flag cuts a checkpoint's into."""
 
+_ALL_RANKS = ("mixtral", "dbrx")
+"""Model types whose experts NxD Inference builds by ``modules/moe.py``, which shares each among all ranks, whatever
+``moe_tp_degree`` and ``moe_ep_degree`` say."""
+
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "moe_topk")
 _STEP, _SMALLEST, _LARGEST = 512, 512, 8192
 
@@ -112,6 +116,12 @@ def moe_settings(
     Raises:
         OptionError: NxD cannot do it; the text says what it could do.
     """
+    model_type = dict(plan.declared.settings).get("model_type")
+    if model_type in _ALL_RANKS and ((moe_ep or 1) > 1 or (tp and (moe_tp or tp) != tp)):
+        raise OptionError(
+            f"moe_tp_degree and moe_ep_degree: {plan.source} is a {model_type}, of which NxD Inference shares each "
+            "expert among all ranks, whatever they say; leave them out"
+        )
     experts = experts_in(plan)
     if experts is None:
         if moe_tp is not None or moe_ep is not None:

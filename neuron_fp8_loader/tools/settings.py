@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
+from .expert_types import BLOCKWISE, EXPERTS, ExpertType, dequantized_experts, expert_type, flag_value, has_experts
 from .heads import heads_of
 from .moe_settings import moe_settings
 from .others import other_kind
@@ -31,22 +31,9 @@ ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 QUANTIZATION_DTYPE = "f8e4m3"
 """The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
 
-EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
-
-_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
-_OTHERS = "all other layers take one scale an output row, under the flag"
-_ROWS = (
-    "one scale an output row of each expert [experts, 1, out], which NxD's kernels for fused experts take as it is; "
-    f"{_OTHERS}"
-)
-_FROM_BLOCKS = "; blocks are requantized to rows while loading, or kept with --experts blockwise"
 _PADDED = (
     "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
     "scale of one value"
-)
-_BLOCKS = (
-    "the blocks of the experts as they are, which loses nothing; NxD dequantizes them to bfloat16 in its kernels, so "
-    f"that expert_wise_per_channel_symmetric is faster; {_OTHERS}"
 )
 
 
@@ -103,15 +90,18 @@ def settings_for(
     directory = checkpoint.directory.resolve()
     fp8 = bool(plan.fp8_weights)
     quantization_type, layout = nxd_layout(plan)
-    blocks: dict[str, Any] = {}
-    if experts is not None and quantization_type != EXPERT_WISE:
+    chosen: ExpertType | None = None
+    if plan.pairs and has_experts(plan):
+        chosen = expert_type(plan, experts)
+        quantization_type, layout = chosen.kind, chosen.layout
+    elif experts is not None:
         raise OptionError(f"experts={experts!r}: {plan.source} has no FP8 experts whose scales are known")
-    if experts == "blockwise":
-        quantization_type, blocks, layout = BLOCKWISE, expert_blocks(plan), _BLOCKS
     notes = _notes(plan)
     other = other_kind(plan, "nxd", _model_type(directory))
     if other is not None:
         notes.append(f"no FP8 weights: {other}")
+    if fp8 and not (directory / "config.json").is_file():
+        notes.append("there is no config.json beside it, from which NxD Inference takes the model's type and sizes")
     heads = heads_of(config_in(directory))
     if tp_degree is not None and fp8 and heads is not None:
         notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
@@ -128,9 +118,11 @@ def settings_for(
             "quantized_checkpoints_path": str(directory),
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
-            **blocks,
-            "modules_to_not_convert": modules_to_not_convert(unfused(plan)),
-            "fp8_rescale": True if method == "half" else method,
+            **(chosen.blocks if chosen else {}),
+            "modules_to_not_convert": modules_to_not_convert(
+                unfused(plan), dequantized_experts(plan) if chosen and chosen.floats else ()
+            ),
+            "fp8_rescale": flag_value(method, floats=bool(chosen and chosen.floats)),
         }
     return Settings(
         neuron_config, dict(ENVIRONMENT) if fp8 else {}, layout, (*notes, *more), _model_type(directory), fp8
@@ -200,11 +192,11 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
     """
     if not plan.pairs:
         return "per_channel_symmetric", "no scales: NxD's quantized layers need none of them changed"
+    if has_experts(plan):
+        chosen = expert_type(plan)
+        return chosen.kind, chosen.layout
     kinds = {pair.granularity.kind for pair in plan.pairs}
-    experts = any(pair.granularity.experts or _EXPERTS.search(pair.weight) for pair in plan.pairs)
-    if experts and "unknown" not in kinds:
-        requantized = "block" in {p.granularity.kind for p in plan.pairs if _EXPERTS.search(p.weight)}
-        return EXPERT_WISE, f"{_ROWS}{_FROM_BLOCKS if requantized else ''}"
+    experts = any(pair.granularity.experts or EXPERTS.search(pair.weight) for pair in plan.pairs)
     shapes = {plan.tensors[pair.scale].shape for pair in plan.pairs if pair.granularity.kind == "row"}
     if kinds == {"tensor"} and not experts:
         return "per_tensor_symmetric", (
@@ -226,22 +218,6 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
     return "per_channel_symmetric", (
         "one scale an output row is what NxD takes; the flag expands and reshapes the checkpoint's to that, exactly"
     )
-
-
-def expert_blocks(plan: Plan) -> dict[str, list[int]]:
-    """``quantization_block_axis`` and ``quantization_block_size`` for the blocks of a checkpoint's experts.
-
-    NxD's fused weights are [experts, in, out], so a block of the checkpoint is turned.
-
-    Raises:
-        OptionError: the experts have no blocks, or blocks of several sizes.
-    """
-    found = {pair.granularity.block for pair in plan.pairs if _EXPERTS.search(pair.weight) and not pair.transposed}
-    sizes = sorted(block for block in found if block is not None)
-    if len(found) != 1 or not sizes:
-        what = f"blocks of {len(sizes)} sizes" if sizes else "no blocks"
-        raise OptionError(f"experts='blockwise': {plan.source}: its experts have {what}; use 'expert_wise'")
-    return {"quantization_block_axis": [1, 2], "quantization_block_size": [sizes[0][1], sizes[0][0]]}
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -79,7 +79,7 @@ def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any])
 
 
 def _layout(plan: Plan) -> str:
-    return LAYOUTS[nxd_layout(plan)[0]] if plan.fp8_weights else "keep"
+    return LAYOUTS.get(nxd_layout(plan)[0], "per_channel") if plan.fp8_weights else "keep"
 
 
 def _plugin(checkpoint: Checkpoint, own: Options, recipe: Recipe, with_layout: bool) -> Aim:

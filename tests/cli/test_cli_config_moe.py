@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.tools.moe_settings import degrees
 from neuron_fp8_loader.tools.settings import settings_for
 from tests.cli.helpers import codes, one_line, run, run_json, single
+from tests.integrations import moe_checkpoints
 from tests.support import shared
 
 
@@ -106,3 +108,75 @@ def test_degrees_without_experts_and_for_the_other_plugin(tmp_path: Path) -> Non
     copy = shutil.copytree(shared("ct_fp8_dynamic_moe"), tmp_path / "copy")
     found = run("config", copy, "--for", "vllm-neuron", "--moe-ep", 2)
     assert "--moe-ep is for NxD Inference" in found.stderr
+
+
+def test_a_model_that_shares_each_expert_among_all_ranks_takes_no_degrees(tmp_path: Path) -> None:
+    """NxD Inference's Mixtral and DBRX: degrees would be read by nobody."""
+    fp8, _ = moe_checkpoints.write(tmp_path, "mixtral", "channel")
+    assert "shares each expert among all ranks" in one_line(run("config", fp8, "--tp", 4, "--moe-ep", 2))
+    with pytest.raises(OptionError, match="leave them out"):
+        settings_for(fp8, tp_degree=4, moe_tp_degree=2)
+    given = settings_for(fp8, tp_degree=4, moe_tp_degree=4).neuron_config
+    assert (given["moe_tp_degree"], given["moe_ep_degree"]) == (4, 1)
+    fp8, _ = moe_checkpoints.write(tmp_path / "dbrx", "dbrx", "tensor")
+    assert "is a dbrx" in one_line(run("config", fp8, "--tp", 4, "--moe-ep", 2))
+
+
+EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "floats", "refused", "why"),
+    [
+        ("tensor", EXPERT_WISE, False, "blockwise", "no blocks; use 'expert_wise'"),
+        ("channel", EXPERT_WISE, True, "expert_wise", "are inputs, so that its scales are not .* as bfloat16"),
+        ("mx", EXPERT_WISE, True, "blockwise", "no blocks that NxD takes"),
+        ("block", BLOCKWISE, False, "expert_wise", "are inputs, so that its scales are not .* use 'blockwise'"),
+    ],
+)
+def test_experts_whose_rows_are_inputs(
+    tmp_path: Path, form: str, kind: str, floats: bool, refused: str, why: str
+) -> None:
+    """DBRX's w2."""
+    fp8, _ = moe_checkpoints.write(tmp_path, "dbrx", form)
+    data = run_json("config", fp8, "--tp", 2, code=0)
+    given = data["neuron_config"]
+    assert given["quantization_type"] == kind
+    assert given["fp8_rescale"] == ({"dequantize": ["*.experts.*"]} if floats else True)
+    assert ("layers.0.ffn" in given["modules_to_not_convert"]) == floats
+    assert ("as bfloat16" in data["layout"]) == floats
+    assert run_json("inspect", fp8)["nxd"]["quantization_type"] == kind
+    with pytest.raises(OptionError, match=why):
+        settings_for(fp8, experts=refused)
+    ratio = settings_for(fp8, method="ratio").neuron_config["fp8_rescale"]
+    assert ratio == ({"dequantize": ["*.experts.*"], "method": "ratio"} if floats else "ratio")
+
+
+def test_one_scale_an_expert_is_a_scale_that_is_known(tmp_path: Path) -> None:
+    fp8, _ = moe_checkpoints.write(tmp_path, "dbrx", "tensor")
+    tensors = load_file(fp8 / "model.safetensors")
+    for name in [n for n in tensors if ".experts.mlp." in n and n.endswith("_scale")]:
+        tensors[name] = tensors[name].expand(4).contiguous()
+    save_file(tensors, fp8 / "model.safetensors")
+    assert settings_for(fp8).neuron_config["quantization_type"] == EXPERT_WISE
+
+
+def test_blocks_of_stacks_that_lie_in_before_out(tmp_path: Path) -> None:
+    fp8, _ = moe_checkpoints.write(tmp_path, "llama4", "block", stack=True)
+    given = run_json("config", fp8, "--experts", "blockwise", code=0)["neuron_config"]
+    assert (given["quantization_block_axis"], given["quantization_block_size"]) == ([1, 2], [128, 128])
+    mx, _ = moe_checkpoints.write(tmp_path / "mx", "mixtral", "mx")
+    assert settings_for(mx, experts="blockwise").neuron_config["quantization_block_size"] == [32, 1]
+
+
+def test_without_a_config_json_nxd_reads_nothing() -> None:
+    notes = " ".join(settings_for(shared("derived_comfy_scaled_old")).notes)
+    assert "no config.json" in notes
+    assert "no config.json" not in " ".join(settings_for(shared("hf_fp8_block")).notes)
+
+
+def test_inference_demo_is_left_out_where_it_does_not_run_the_model(tmp_path: Path) -> None:
+    fp8, _ = moe_checkpoints.write(tmp_path, "llama4", "channel")
+    assert run_json("config", fp8)["inference_demo"] == []
+    assert "import inference_demo" not in run("config", fp8).stdout
+    assert "import inference_demo" in run("config", shared("ct_fp8_dynamic_moe")).stdout

@@ -102,7 +102,7 @@ FAMILIES = {
 def quantized(
     rng: np.random.Generator, form: str, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(FP8 weight up to 448, its scale, float32 weight x scale); magnitudes differ by 2^10 between scale values."""
+    """(FP8 weight up to 448, its scale, weight x scale ``to_odd``); magnitudes differ by 2^10 between scale values."""
     codes = fp8(rng.uniform(-448, 448, (rows, columns)).astype(np.float32))
     height, width = {"channel": (1, columns), "tensor": (rows, columns), "block": (128, 128), "mx": (1, 32)}[form]
     grid = (-(-rows // height), -(-columns // width))
@@ -115,7 +115,16 @@ def quantized(
         if form == "tensor":
             scale = scale.reshape(())
     whole = values.repeat(height, 0)[:rows].repeat(width, 1)[:, :columns]
-    return codes, scale, torch.from_numpy(e4m3fn(codes) * whole).float()
+    return codes, scale, to_odd(e4m3fn(codes) * whole)
+
+
+def to_odd(values: np.ndarray) -> torch.Tensor:
+    """float32 of float64 values: of the two beside a value, the one whose last bit is set. Rounded to bfloat16 after
+    this, it is what the value itself is rounded to."""
+    near = values.astype(np.float32)
+    below = np.where(np.abs(near.astype(np.float64)) > np.abs(values), np.nextafter(near, np.float32(0)), near)
+    bits = below.view(np.uint32) | (near.astype(np.float64) != values)
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
 
 
 def matrices(family: Family) -> Iterator[tuple[str, int, int]]:
@@ -233,8 +242,13 @@ def write(
         first |= {f"{module}.weight": weight, f"{module}.{SCALES[form]}": scale}
         twin[f"{module}.weight"] = exact
     twin = scripted(first, twin, form, rival) if rival else twin
+    twin = stacked(twin, family) if name == "llama4" else twin
+    return _save(directory, (stacked(first, family) if stack else first, twin), config_of(name))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """config.json of a family of ``FAMILIES``; Llama 4's text model is within another."""
     config = {**_COMMON, **CONFIGS[name], "model_type": name}
     if name == "llama4":
-        twin = stacked(twin, family)
-        config = {"model_type": name, "text_config": config, "pad_token_id": 0, "vocab_size": VOCAB}
-    return _save(directory, (stacked(first, family) if stack else first, twin), config)
+        return {"model_type": name, "text_config": config, "pad_token_id": 0, "vocab_size": VOCAB}
+    return config

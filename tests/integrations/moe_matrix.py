@@ -28,6 +28,8 @@ ROWS = [
     ("llama4", "block", True),
     ("dbrx", "tensor", False),
     ("dbrx", "channel", False),
+    ("dbrx", "block", False),
+    ("dbrx", "mx", False),
     ("deepseek_v3", "channel", False),
     ("deepseek_v3", "tensor", False),
     ("deepseek_v3", "block", False),

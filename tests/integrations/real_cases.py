@@ -3,7 +3,6 @@ Neuron's closed packages that this needs must not be met by any other test."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import pkgutil
@@ -23,6 +22,7 @@ from neuron_fp8_loader.tools.export import prepare_export
 from neuron_fp8_loader.tools.heads import Heads
 from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.checkpoints import same_for_the_device
+from tests.integrations.fused_app import ON, fused
 from tests.support import ROOT, SHARED, TINY, ieee_e4m3
 
 sys.path.insert(0, str(SHARED.parent / "nxdi_cpu"))
@@ -35,7 +35,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 PACKAGE = "neuronx_distributed_inference"
 FP8 = torch.float8_e4m3fn
-ON: dict[str, Any] = {"fp8_rescale": True, "modules_to_not_convert": None}
 
 
 @pytest.fixture(autouse=True)
@@ -190,36 +189,6 @@ def test_shard_checkpoint(tmp_path: Path, flavour: str, tp: int) -> None:
             assert int((after[name].view(torch.uint8) & 0x7F).max()) <= 0x77
             scale = name.removesuffix("weight") + "scale"
             assert torch.equal(before[name].float() * before[scale], after[name].float() * after[scale])
-
-
-def fused(tmp_path: Path, **over: Any) -> tuple[Any, dict[str, Any]]:
-    """An application with draft and target, made as inference_demo.py makes it."""
-    from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig, OnDeviceSamplingConfig
-    from neuronx_distributed_inference.models.llama.modeling_llama import NeuronLlamaForCausalLM, NeuronLlamaModel
-    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
-
-    originals = {
-        "draft_model.": H.make_tiny_checkpoint(tmp_path / "draft", seed=1, bf16_linears=("mlp",)),
-        "target_model.": H.make_tiny_checkpoint(tmp_path / "target", seed=2),
-    }
-    spec = {
-        "enable_fused_speculation": True,
-        "speculation_length": 3,
-        "on_device_sampling_config": OnDeviceSamplingConfig(),
-    }
-    config = H.build_config(tmp_path / "target", **spec, **ON, **over)
-    draft_neuron_config = copy.deepcopy(config.neuron_config)
-    draft_neuron_config.speculation_length = 0
-    draft_neuron_config.enable_fused_speculation = False
-    draft_config = type(config)(draft_neuron_config, load_config=load_pretrained_config(str(tmp_path / "draft")))
-    config.fused_spec_config = FusedSpecNeuronConfig(
-        NeuronLlamaModel, draft_config=draft_config, draft_model_path=str(tmp_path / "draft")
-    )
-
-    class App(NeuronLlamaForCausalLM):  # type: ignore[misc]
-        """NxD Inference leaves the prefix of the last load on the class."""
-
-    return App(str(tmp_path / "target"), config), originals
 
 
 def test_draft_and_target(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.integrations.at_hand import dequantized
 from tests.integrations.real_cases import ON, H, logits
-from tests.support import e4m3fn, raw, shared
+from tests.support import shared
 
 REAL = [
     "hf_fp8_block",
@@ -28,35 +28,6 @@ REAL = [
     "torchao_fp8_wo",
     "derived_fbgemm",
 ]
-SCALES = ("_scale", "_scale_inv")
-
-
-def dequantized(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float32 weights by the names of transformers, in the test's own arithmetic."""
-    plain = {}
-    for name, t in original.items():
-        if t.dtype == torch.float8_e4m3fn:
-            if name.endswith("_weight_qdata"):
-                scale, target = original[name.replace("qdata", "scale")], name.replace("_weight_qdata", "weight")
-            else:
-                scale, target = next(original[name + s] for s in SCALES if name + s in original), name
-            if scale.dtype == torch.uint8:
-                values = np.exp2(raw(scale).astype(np.float64) - 127)
-            else:
-                values = scale.double().numpy()
-            if values.ndim == 4:
-                values = values[:, 0, :, 0]
-            if values.ndim == 2 and values.shape[1] > 1:  # blocks of 128, or groups of 32 a row
-                rows = 1 if values.shape[0] == t.shape[0] else 128
-                values = values.repeat(rows, 0).repeat(128 if rows > 1 else 32, 1)[: t.shape[0], : t.shape[1]]
-            elif values.ndim == 2 and t.shape[0] > 128 and values.shape[0] < t.shape[0] and values.size > 1:
-                values = values.repeat(128, 0)[: t.shape[0]]
-            elif values.ndim == 1 and values.size > 1:
-                values = values[:, None]
-            plain[target] = torch.from_numpy(e4m3fn(t) * values).float()
-        elif "scale" not in name.rsplit(".", 1)[-1]:
-            plain[name] = t.float()
-    return plain
 
 
 def reference(path: Path) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The contributed ports of MiMo-V2.5 and -Pro on the real NxD Inference: published checkpoints, without their scripts.
+"""The contributed ports of MiMo-V2.5 and -Pro on the real NxD Inference: published checkpoints, without their scripts,
+with what ``neuron-fp8 config`` prints.
 
 MIMO_SRC names the folder of a port that holds modeling_mimo_v2.py. Run by test_real_sources.py.
 """
@@ -15,19 +16,12 @@ import pytest
 import torch
 
 from tests.integrations.real_cases import H
+from tests.integrations.real_config import pasted
 from tests.mimo import Attention, Made, qkv, quantized
 from tests.support import e4m3fn, ieee_e4m3, sqnr
 
 HIDDEN, INTER, EXPERTS, VOCAB = 256, 256, 4, 512
 FULL, WINDOW = Attention(8, 2), Attention(8, 4)
-TYPES: dict[str, dict[str, Any]] = {
-    "expert_wise": {"quantization_type": "expert_wise_per_channel_symmetric"},
-    "blockwise": {
-        "quantization_type": "blockwise_symmetric",
-        "quantization_block_axis": [1, 2],
-        "quantization_block_size": [128, 128],
-    },
-}
 CONFIG: dict[str, Any] = {
     "model_type": "llama",  # a type that transformers has; the port reads the rest
     "architectures": ["MiMoV2ForCausalLM"],
@@ -114,7 +108,7 @@ def value(rank: dict[str, torch.Tensor], module: str) -> np.ndarray:
     return ieee_e4m3(weight) * scale
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ["expert_wise", "blockwise"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_row_of_every_rank(tmp_path: Path, kind: str, tp: int) -> None:
     import families
@@ -127,7 +121,7 @@ def test_every_row_of_every_rank(tmp_path: Path, kind: str, tp: int) -> None:
     made = published()
     path = made.write(tmp_path / "ckpt")
     cls = modeling_mimo_v2.NeuronMiMoV2ForCausalLM
-    ranks = families.shards("mimo", path, tp, cls=cls, fp8_rescale=True, **TYPES[kind])
+    ranks = families.shards("mimo", path, tp, cls=cls, **pasted(path, "--tp", tp, "--experts", kind))
 
     def worst(got: np.ndarray, want: np.ndarray) -> float:
         assert got.shape == want.shape

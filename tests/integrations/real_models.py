@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError, WeightError
-from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations.real_cases import FP8
 from tests.integrations.real_moe import (
     HALVED,
@@ -229,14 +228,6 @@ def test_refused_in_words(family: str, form: str, given: dict[str, Any], kind: t
     with pytest.raises(kind) as error:
         shards(family, fp8, 1, **given)
     assert re.search(text, str(error.value), re.DOTALL), str(error.value)
-
-
-@pytest.mark.parametrize("family", sorted(FP8_OF.keys() - {"mixtral_contrib"}))
-def test_what_config_prints_loads(family: str) -> None:
-    fp8, plain = checkpoint(family, "tensor" if family == "dbrx" else "block")
-    given = dict(settings_for(fp8, tp_degree=2).neuron_config)
-    del given["tp_degree"]
-    check(family, shards(family, fp8, 2, **given), twin(family, plain, 2), experts=REQUANTIZED, others=REQUANTIZED)
 
 
 def test_latent_attention_keeps_the_weight_that_it_multiplies_by() -> None:

@@ -11,18 +11,17 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError
-from neuron_fp8_loader.tools.settings import settings_for
 from tests.integrations import contributed, moe_checkpoints
 from tests.integrations.contributed import application
 from tests.integrations.real_cases import FP8, H
-from tests.support import e4m3fn, ieee_e4m3, shared, sqnr
+from tests.support import ieee_e4m3, sqnr
 
 TYPES: dict[str, dict[str, Any]] = {
     "expert_wise": {"quantization_type": "expert_wise_per_channel_symmetric"},
@@ -69,7 +68,8 @@ def shards(family: str, path: Path, tp: int, **given: Any) -> Ranks:
     given = {"fp8_rescale": True, **given}
     if family in contributed.MODELS:
         given["config_kwargs"] = json.loads((path / "config.json").read_text())
-    ranks: Ranks = families.shards(family, path, tp, cls=cls, **given)
+    with patch("gc.collect"):  # some conversions call it; with all that is imported here, it takes longer than they do
+        ranks: Ranks = families.shards(family, path, tp, cls=cls, **given)
     return ranks
 
 
@@ -103,8 +103,10 @@ def worst(ranks: Ranks, twins: Ranks) -> dict[str, float]:
                 got, want = (a.transpose(0, 2, 1).reshape(-1, a.shape[1]) for a in (got, want))
             assert got.shape == want.shape
             assert np.isfinite(got).all()
-            rows = [sqnr(w, g) for w, g in zip(want, got, strict=True)]
-            found[name] = min(found.get(name, np.inf), *rows)
+            noise, signal = (np.square(a).sum(axis=1) for a in (got - want, want))
+            noisy = noise > 0
+            dB = 10 * np.log10(np.maximum(signal[noisy], np.finfo(np.float64).tiny) / noise[noisy])
+            found[name] = min(found.get(name, np.inf), dB.min(initial=np.inf))
     return found
 
 
@@ -250,54 +252,6 @@ def test_the_comparison_sees_one_scale_in_the_place_of_another() -> None:
     ranks[1][name] = ranks[1][name][[1, 0, 2, 3]]
     with pytest.raises(AssertionError, match=r"layers\.1\.mlp\.expert_mlps\.mlp_op\.down_proj"):
         check(ranks, twins, experts=HALVED, others=HALVED)
-
-
-def copied(tmp_path: Path, name: str) -> tuple[Path, Path]:
-    """A real Qwen3-MoE checkpoint and its twin, experts one by one, as the test itself dequantizes them."""
-    tensors, twins = load_file(shared(name) / "model.safetensors"), {}
-    for key, t in tensors.items():
-        if t.dtype != FP8:
-            if "scale" not in key.rpartition(".")[2]:
-                twins[key] = t.float()
-            continue
-        scale = next(tensors[key + end] for end in ("_scale", "_scale_inv") if key + end in tensors).float()
-        for axis in (-2, -1):
-            size = -(-t.shape[axis] // scale.shape[axis])
-            scale = scale.repeat_interleave(128 if size > 1 and scale.shape[axis] > 1 else size, axis)
-        exact = torch.from_numpy(e4m3fn(t)).float() * scale.narrow(-2, 0, t.shape[-2])
-        if t.dim() == 2:
-            twins[key] = exact
-            continue
-        head, _, last = key.rpartition(".")
-        for expert, matrix in enumerate(exact):
-            halves = zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)
-            for own, part in halves if last == "gate_up_proj" else [(last, matrix)]:
-                twins[f"{head}.{expert}.{own}.weight"] = part.contiguous()
-    config = json.loads((shared(name) / "config.json").read_text())
-    config |= {"num_experts": config["num_local_experts"], "rope_theta": 10000.0, "rope_scaling": None}
-    for path, what in (("fp8", tensors), ("twin", twins)):
-        (tmp_path / path).mkdir()
-        save_file(what, tmp_path / path / "model.safetensors")
-        (tmp_path / path / "config.json").write_text(json.dumps(config))
-    return tmp_path / "fp8", tmp_path / "twin"
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "tp", "experts"),
-    [
-        ("ct_fp8_dynamic_moe", None, 2, HALVED),
-        ("hf_fp8_block_moe_fused", None, 2, REQUANTIZED),
-        ("hf_fp8_block_moe_fused", "blockwise", 4, HALVED),  # a quarter of a block a rank
-    ],
-)
-def test_real_checkpoints_with_what_config_prints(
-    tmp_path: Path, name: str, kind: str | None, tp: int, experts: float
-) -> None:
-    fp8, plain = copied(tmp_path, name)
-    given = settings_for(fp8, tp_degree=tp, experts=kind).neuron_config
-    del given["tp_degree"]
-    others = HALVED if name.startswith("ct_") else REQUANTIZED
-    check(shards("qwen3_moe", fp8, tp, **given), twin("qwen3_moe", plain, tp), experts=experts, others=others)
 
 
 def test_what_is_sharded_fits_the_model_that_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,9 @@ import neuron_fp8_loader
 from neuron_fp8_loader.integrations.loading import READERS
 from neuron_fp8_loader.integrations.patches import Patches
 from neuron_fp8_loader.integrations.post_import import PostImport
+from tests.integrations.checkpoints import state_dict, write
 from tests.integrations.conftest import PACKAGE, Standin
+from tests.integrations.snapshot import changed, snapshot
 
 
 def touched(nxdi: Standin) -> dict[str, Any]:
@@ -41,15 +44,64 @@ def test_enable_before_or_after_the_import(nxdi: Standin, order: str) -> None:
     assert nxdi.config.NeuronConfig(fp8_rescale=True).fp8_rescale is True
 
 
-def test_disable_restores_every_name(nxdi: Standin) -> None:
-    plain, finders = touched(nxdi), list(sys.meta_path)
+def test_disable_puts_back_every_object(nxdi: Standin, tmp_path: Path) -> None:
+    """Whatever hangs on the package's modules and classes, not only what is known here to be replaced."""
+    touched(nxdi)  # imports them
+    importlib.import_module(f"{PACKAGE}.models.model_wrapper")
+    plain = snapshot(PACKAGE)
     for _ in range(2):
         neuron_fp8_loader.enable()
         neuron_fp8_loader.enable()
+        replaced = changed(plain, snapshot(PACKAGE))
+        assert {path.rpartition(".")[2] for path in replaced} >= {*READERS, "convert", "load_module", "__init__"}
+        path = write(tmp_path, state_dict())
+        config = nxdi.config.InferenceConfig(
+            nxdi.config.MoENeuronConfig(
+                quantized=True, quantized_checkpoints_path=path, quantization_dtype="f8e4m3", fp8_rescale=True,
+                quantization_type="per_channel_symmetric",
+            )
+        )  # fmt: skip
+        assert nxdi.application.NeuronApplicationBase(path, config).checkpoint_loader_fn()
         neuron_fp8_loader.disable()
-        assert touched(nxdi) == plain
-        assert sys.meta_path == finders
+        assert not changed(plain, snapshot(PACKAGE))
     neuron_fp8_loader.disable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "m.TABLE = dict(m.TABLE)",
+        "m.TABLE['key'] = object()",
+        "m.TABLE['other'] = 1",
+        "m.LIST.append(1)",
+        "m.f.__defaults__ = ([1],)",
+        "m.f.__code__ = (lambda x=None: x).__code__",
+        "m.f.__wrapped__ = m.f",
+        "m.f = lambda: None",
+        "m.C.of_class = classmethod(lambda cls: 0)",
+        "m.C.method = m.f",
+        "m.C.more = 1",
+        "del m.C.method",
+        "del m.f",
+    ],
+)
+def test_a_snapshot_sees_whatever_is_replaced(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    module = ModuleType("looked_at")
+    monkeypatch.setitem(sys.modules, "looked_at", module)
+    exec(
+        "TABLE, LIST = {'key': object()}, []\n"
+        "def f(x=[]): pass\n"
+        "class C:\n"
+        "    def method(self): pass\n"
+        "    @classmethod\n"
+        "    def of_class(cls): pass\n"
+        "C.__module__ = 'looked_at'",
+        vars(module),
+    )
+    before = snapshot("looked_at")
+    assert not changed(before, snapshot("looked_at"))
+    exec(change, {"m": module})
+    assert changed(before, snapshot("looked_at"))
 
 
 def test_disable_after_a_later_import_leaves_a_module_like_any_other(nxdi: Standin) -> None:

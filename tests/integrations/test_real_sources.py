@@ -20,6 +20,8 @@ CASES = [
     ("real_logits.py",),
     ("real_moe_ep.py",),
     ("real_mimo.py",),
+    ("real_config.py",),
+    ("real_disable.py",),
 ]
 
 
@@ -38,6 +40,7 @@ def test_real_sources(files: tuple[str, ...]) -> None:
     if kernel.active != kernel.paths()[0]:
         pytest.skip("once is enough: the kernel paths give the same bytes")
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "NEURON_RT_NUM_CORES")}
+    environment["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads cost more than they save
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     command += [str(Path(__file__).with_name(name)) for name in files]
