@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import nxdi, share
+from benchmarks import nxdi, share, threads
 from benchmarks.made import make
 from neuron_fp8_loader.checkpoint import open_checkpoint, runs
 from neuron_fp8_loader.codes import kernel
@@ -28,6 +29,16 @@ def test_a_long_run_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert share.share(checkpoint, 1, 1) > 0
     assert len(calls) <= 64 // 16 + 1
     assert [runs.run_length(n * PIECE, 4, PIECE) // PIECE for n in (1, 16, 64, 1 << 20)] == [1, 1, 4, 16]
+
+
+def test_threads_and_the_projection(tmp_path: Path) -> None:
+    """Two threads and a tiny checkpoint: the figures mean nothing, the arithmetic does."""
+    done = CliRunner().invoke(threads.main, ["--size=64KiB", "--repeats=1", "--thread-counts=2", f"--out={tmp_path}"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception}"
+    found = json.loads((tmp_path / "threads.json").read_text())["results"]
+    assert set(found["threads"]) == set(found["share"]) == {"2"}
+    assert found["projection"]["cap"] == pytest.approx(2**20 / found["share"]["2"] / 1e3)
+    assert threads.projection(0.5, 10**9, 2.0) == {"one": 2.0, "asked": 64.0, "cap": 2**20 / 2e3}
 
 
 def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
