@@ -48,3 +48,12 @@ def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0
     assert "NXD_SRC" in nxdi.missing()
     assert "NXDI_SRC" in nxdi.missing()
+
+
+def test_the_line_for_the_readme() -> None:
+    entry = {"median_s": 1.5, "cpu_s": 0.75}
+    results = {"shard_checkpoint": {nxdi.ON: entry, nxdi.OFF: entry | {"cpu_s": 0.5}}}
+    text = nxdi.line(results, 2**30)
+    assert "1.0 GiB" in text
+    assert "1.50 s against 1.50 s" in text
+    assert "CPU 1.50 x" in text

@@ -22,7 +22,7 @@ from .names import short_name
 
 log = logging.getLogger("neuron_fp8_loader")
 
-_COLUMNS = 16  # of a sample, about
+_GROUPS, _GROUP = 4, 8  # of a sample, about: so many groups of columns a row, that side by side, as memory has them
 
 
 class Given(NamedTuple):
@@ -64,7 +64,7 @@ class Rows:
                 and weight.numel()
                 and (scale.numel() == 1 or tuple(scale.shape) == (weight.shape[0], 1))
             ):
-                given = Given(module, weight, scale, _sample(weight).clone())
+                given = Given(module, weight, scale, _sample(weight))
                 found.layers.setdefault(layer_of(name), []).append(given)
         return found
 
@@ -191,4 +191,16 @@ def _rows(weight: torch.Tensor) -> list[bytes]:
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(torch.uint8)[:, :: max(1, weight.shape[1] // _COLUMNS)]
+    """uint8 [rows, columns], a copy: groups of columns all over a weight [rows, width], wherever and however it lies.
+
+    A group is one access to memory: looking at every weight must cost little beside reading it.
+    """
+    raw, width = weight.view(torch.uint8), weight.shape[1]
+    step = max(1, width // _GROUP // _GROUPS)
+    aligned = raw.storage_offset() % _GROUP == 0 and raw.stride(0) % _GROUP == 0 and raw.data_ptr() % _GROUP == 0
+    if width >= _GROUP and width % _GROUP == 0 and raw.stride(1) == 1 and aligned:
+        groups = raw.view(torch.int64)[:, ::step]
+        return groups.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    first = torch.arange(0, max(1, width // _GROUP), step, device="cpu") * _GROUP
+    columns = (first[:, None] + torch.arange(min(_GROUP, width), device="cpu")).flatten()
+    return raw.index_select(1, columns)
