@@ -68,7 +68,7 @@ def line(results: dict[str, Any], nbytes: int) -> str:
     longer, in time and in CPU time."""
     on, off = (results["shard_checkpoint"][name] for name in (ON, OFF))
     return (
-        f"| NxD Inference's `shard_checkpoint` of {nbytes / 2**30:.1f} GiB, flag on against flag off on a converted copy "
+        f"| NxD Inference's `shard_checkpoint` of {nbytes / 2**30:.1f} GiB, flag on against off on a converted copy "
         f"| **{on['median_s']:.2f} s against {off['median_s']:.2f} s**, CPU {on['cpu_s'] / off['cpu_s']:.2f} x |"
     )
 
