@@ -17,7 +17,7 @@ from .readme_table import NEEDED, load_results, render
 SUITE = ("load", "kernel", "plan", "fidelity", "neuron_compile")
 QUICK = {
     "load": ["--size=8MiB", "--repeats=1", "--cold-repeats=1", "--script-size=1MiB", "--script-repeats=1",
-             "--sizes=2MiB", "--sizes=4MiB", "--thread-counts=1", "--thread-counts=2"],
+             "--layout-size=4MiB", "--sizes=2MiB", "--sizes=4MiB", "--thread-counts=1", "--thread-counts=2"],
     "kernel": ["--memory-size=1MiB", "--cache-size=64KiB", "--side=256", "--repeats=1"],
     "plan": ["--tensors=500", "--shards=3", "--repeats=1"],
     "fidelity": ["--side=128", "--hidden=64", "--layers=1", "--tokens=16"],

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ from neuron_fp8_loader.checkpoint import open_checkpoint
 from neuron_fp8_loader.host.memory import as_bytes, populate
 from neuron_fp8_loader.host.parallel import pieces, run
 
+from .layout import sqnr
 from .made import Made
 
 Tensors = dict[str, torch.Tensor]
@@ -41,7 +43,7 @@ class Contender:
     Attributes:
         name: in tables and JSON.
         run: returns the state dict, or the directory that it has written.
-        gives: what a correct result holds, a key of ``Made.crc``.
+        gives: what a correct result holds, a key of ``Made.crc``, or ROWS.
         missing: why it cannot run here; empty where it can.
     """
 
@@ -51,9 +53,9 @@ class Contender:
     missing: str = ""
 
 
-def _ours(method: str) -> Callable[[Job], Tensors]:
+def _ours(method: str, layout: Literal["keep", "per_channel"] = "keep") -> Callable[[Job], Tensors]:
     def run(job: Job) -> Tensors:
-        return load_state_dict(job.made.directory, method=method, threads=job.threads, progress=False)
+        return load_state_dict(job.made.directory, method=method, layout=layout, threads=job.threads, progress=False)
 
     return run
 
@@ -189,6 +191,8 @@ def _missing_runai() -> str:
 
 
 OURS = "neuron_fp8_loader"
+LAYOUT = f"{OURS}, block -> row"
+ROWS = "rows"  # one scale a row, whatever the checkpoint has
 LIMIT = "preadv, no more"
 READER = f"{OURS}, nothing translated"
 REFERENCE = "load_file + clone"
@@ -199,6 +203,7 @@ CONTENDERS: dict[str, Contender] = {
     for contender in (
         Contender(OURS, _ours("half"), "half"),
         Contender(f"{OURS}, ratio", _ours("ratio"), "ratio"),
+        Contender(LAYOUT, _ours("half", "per_channel"), ROWS),
         Contender(READER, _reader, "raw"),
         Contender(LIMIT, _limit, "raw"),
         Contender(REFERENCE, _load_file_clone, "raw"),
@@ -216,9 +221,31 @@ def wrong(made: Made, gives: str, result: Tensors | Path) -> list[str]:
         result = {
             k: t for f in sorted(result.glob("*.safetensors")) for k, t in safetensors.torch.load_file(f).items()
         }
+    if gives == ROWS:
+        return _wrong_rows(made, result)
     expected = made.crc[gives]
     bad = [name for name in result if name not in expected] + [name for name in expected if name not in result]
     return bad + [name for name in expected if name in result and _crc(result[name]) != expected[name]]
+
+
+def _wrong_rows(made: Made, result: Tensors) -> list[str]:
+    """Weights that do not fit +-240 or have no scale a row; and the first one, if it is not what it was to 25 dB."""
+    bad = []
+    for weight, scale in made.pairs:
+        new, rows = result.get(weight), result.get(scale)
+        if new is None or rows is None or rows.numel() != len(new) or _largest(new) > 0x77:
+            bad.append(weight)
+    weight, scale = made.pairs[0]
+    if weight not in bad:
+        before = safetensors.torch.load_file(made.files[0])
+        then = before[weight].double() * _spread(before[scale].double(), before[weight].shape)
+        if sqnr(then, result[weight].double() * result[scale].double().view(-1, 1)) < 25:
+            bad.append(weight)
+    return bad
+
+
+def _largest(weight: torch.Tensor) -> int:
+    return int((weight.view(torch.uint8) & 0x7F).max())
 
 
 def _crc(tensor: torch.Tensor) -> int:

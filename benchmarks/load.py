@@ -15,7 +15,7 @@ import click
 from . import pagecache
 from .apart import Run, run_apart
 from .common import Size, console, in_units, interleaved, machine, machine_line, out_option, summarize, table, write
-from .contenders import CONTENDERS, OURS, REFERENCE, SCRIPT, Job
+from .contenders import CONTENDERS, LAYOUT, OURS, REFERENCE, SCRIPT, Job
 from .load_plot import draw
 from .made import Made, convention_names, make
 
@@ -132,6 +132,7 @@ def _threads(made: Made, counts: Sequence[int], states: Sequence[str], repeats: 
     "--script-size", type=Size(), default="128MiB", help="Checkpoint for the whole README script, which is slow."
 )
 @click.option("--script-repeats", type=click.IntRange(0), default=1, help="Rounds with it; 0 leaves it out.")
+@click.option("--layout-size", type=Size(), default="512MiB", help="Checkpoint in blocks, for block -> row.")
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads of this loader; default as installed.")
 @click.option("--growth/--no-growth", default=True, help="Also measure how time grows with size and with threads.")
 @click.option("--sizes", type=Size(), multiple=True, default=["256MiB", "512MiB", "1GiB"], help="For --growth.")
@@ -152,6 +153,7 @@ def main(
     cold_repeats: int,
     script_size: int,
     script_repeats: int,
+    layout_size: int,
     threads: int | None,
     growth: bool,
     sizes: Sequence[int],
@@ -166,7 +168,8 @@ def main(
     byte is read, and with its pread backend; runai-model-streamer where installed; the recipe of Neuron's README done
     in memory; and that README's whole script, files written included, on a smaller checkpoint because it is slow.
     Every result is checked, byte for byte, by checksums from ml_dtypes' arithmetic. load_file and the streamer leave
-    the weights as they are: that is what reading alone costs.
+    the weights as they are: that is what reading alone costs. Then a checkpoint in blocks of 128 x 128, as it is and
+    to one scale a row, which no checksum can know: all of its weights must fit, and one be what it was to 25 dB.
 
     "time / ours" is the median over rounds of the time against this loader's in the same round. "peak RSS" is how far
     the resident set grew, mapped pages of files included, which the system can take back; "anonymous" is without them.
@@ -179,7 +182,7 @@ def main(
     for contender in CONTENDERS.values():
         if contender.missing:
             console.print(f"[dim]left out: {contender.name}: {contender.missing}[/dim]")
-    names = [c.name for c in CONTENDERS.values() if not c.missing and c.name != SCRIPT]
+    names = [c.name for c in CONTENDERS.values() if not c.missing and c.name not in (SCRIPT, LAYOUT)]
     results: dict[str, Any] = {"left_out": {c.name: c.missing for c in CONTENDERS.values() if c.missing}}
 
     with checkpoint(directory, size, **how) as made:
@@ -198,6 +201,11 @@ def main(
             show(title, results[state])
         if growth:
             results["threads"] = _threads(made, thread_counts, states, max(1, min(repeats, 3)))
+    with checkpoint(directory, layout_size, shards=shards, convention="weight_scale_inv", scale="block") as made:
+        runs = compare(made, [OURS, LAYOUT], "warm", max(3, repeats) if repeats > 1 else 1, threads)
+        results["layout"] = summary(made, runs)
+        add_versus_ours(results["layout"], runs)
+        show(f"{in_units(made.nbytes)} in blocks of 128 x 128, page cache warm", results["layout"])
     if script_repeats:
         with checkpoint(directory, script_size, **how) as made:
             runs = compare(made, [OURS, REFERENCE, SCRIPT], "warm", script_repeats, threads)
@@ -208,7 +216,7 @@ def main(
         results["growth"] = _growth(directory, sizes, max(1, min(repeats, 3)), how)
     settings = {
         "size": size, "script_size": script_size, "repeats": repeats, "cold_repeats": cold_repeats,
-        "script_repeats": script_repeats, "threads": threads, "sizes": list(sizes), **how,
+        "script_repeats": script_repeats, "layout_size": layout_size, "threads": threads, "sizes": list(sizes), **how,
     }  # fmt: skip
     path = write(out, "load", settings, results)
     draw(path)

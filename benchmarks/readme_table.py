@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from .common import RESULTS, in_units, machine_line
-from .contenders import LIMIT, OURS, READER, REFERENCE, SCRIPT
+from .contenders import LAYOUT, LIMIT, OURS, READER, REFERENCE, SCRIPT
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PERFORMANCE = README.parent / "docs" / "performance.md"
@@ -97,7 +97,20 @@ def loading(data: Mapping[str, Any]) -> str:
     columns = ["", "s", "time", "GB/s", *(["CPU s"] if measured else []), "GB/s, page cache dropped", "peak memory",
                "mapped files left out", "written", "Neuron-ready"]  # fmt: skip
     head = f"Loading {in_units(results['nbytes'])} of FP8 weights and scales, page cache warm, median of "
-    return f"{head}{data['settings']['repeats']} interleaved rounds:\n\n{_table(columns, rows)}"
+    text = f"{head}{data['settings']['repeats']} interleaved rounds:\n\n{_table(columns, rows)}"
+    return "\n\n".join([text, *_loading_blocks(results.get("layout", {}))])
+
+
+def _loading_blocks(results: Mapping[str, Any]) -> list[str]:
+    """A checkpoint in blocks, as it is and to one scale a row."""
+    if not results:
+        return []
+    rows = [
+        [label, f"{entry['median_s']:.2f}", f"{entry['times_ours']:.2f} x", _speed(entry), f"{entry['cpu_s']:.2f}"]
+        for label, entry in (("blocks stay", results[OURS]), ("block -> row", results[LAYOUT]))
+    ]
+    size = in_units(results[OURS]["nbytes"])
+    return [_table([f"loading {size} in blocks of 128 x 128", "s", "time", "GB/s", "CPU s"], rows)]
 
 
 def _cpu(entry: Mapping[str, Any], measured: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,19 +41,22 @@ def share(checkpoint: Checkpoint, threads: int, repeats: int) -> float:
     return min(spent) * 1e6 / (sum(info.nbytes for info in infos) / 2**20)
 
 
+def measure(directory: Path, thread_counts: Sequence[int], repeats: int) -> dict[str, float]:
+    """``share`` by number of threads."""
+    checkpoint = open_checkpoint(directory)
+    with mock.patch.object(runs, "read_segments", free_read):
+        return {str(threads): share(checkpoint, threads, repeats) for threads in thread_counts}
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--size", type=Size(), default="1GiB", help="Bytes of FP8 weights.")
 @click.option("--repeats", type=click.IntRange(1), default=7, help="Rounds.")
 def main(size: int, repeats: int) -> None:
     """Load a checkpoint with native reads that cost nothing: what is left holds the GIL, and no two threads do it at
     once. So one second of it is all that a host of any size can pay in a second, which caps its speed."""
-    rows = []
     with tempfile.TemporaryDirectory(prefix="neuron-fp8-bench-") as directory:
-        checkpoint = open_checkpoint(make(Path(directory) / "checkpoint", size).directory)
-        with mock.patch.object(runs, "read_segments", free_read):
-            for threads in (1, 2, 4, 8, 16):
-                found = share(checkpoint, threads, repeats)
-                rows.append([str(threads), f"{found:.2f}", f"{2**20 / found / 1e3:.0f}"])
+        found = measure(make(Path(directory) / "checkpoint", size).directory, (1, 2, 4, 8, 16), repeats)
+    rows = [[threads, f"{spent:.2f}", f"{2**20 / spent / 1e3:.0f}"] for threads, spent in found.items()]
     table("Python's share of a load", ("threads", "microseconds a MiB", "cap, GB/s"), rows)
     console.print("[dim]native reads cost nothing here[/dim]")
 

@@ -15,7 +15,7 @@ import neuron_fp8_loader
 from benchmarks import pagecache
 from benchmarks.apart import run_apart
 from benchmarks.common import WrongAnswer
-from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, SCRIPT, Job, wrong
+from benchmarks.contenders import CONTENDERS, LAYOUT, OURS, REFERENCE, ROWS, SCRIPT, Job, wrong
 from benchmarks.made import Made, convention_names, expected_tables, make
 
 SIZE = 1 << 16
@@ -64,6 +64,8 @@ def test_every_contender_gives_what_it_says(made: Made, name: str) -> None:
     contender = CONTENDERS[name]
     if contender.missing:
         pytest.skip(contender.missing)
+    if name == LAYOUT:
+        made = make(made.directory.parent / "blocks", 1 << 18, scale="block")
     result = contender.run(Job(made, 2, made.directory.parent / "written"))
     assert wrong(made, contender.gives, result) == []
     assert isinstance(result, Path) == (name == SCRIPT)
@@ -79,6 +81,18 @@ def test_wrong_answers_are_found_out(made: Made) -> None:
     assert wrong(made, "half", good | {weight: flipped}) == [weight]
     assert wrong(made, "half", {n: t for n, t in good.items() if n != scale}) == [scale]
     assert wrong(made, "half", good | {"more": flipped}) == ["more"]
+
+
+def test_wrong_rows_are_found_out(tmp_path: Path) -> None:
+    made = make(tmp_path / "c", 1 << 18, scale="block")
+    good = neuron_fp8_loader.load_state_dict(made.directory, layout="per_channel")
+    weight, scale = made.pairs[0]
+    assert wrong(made, ROWS, good) == []
+    assert wrong(made, ROWS, neuron_fp8_loader.load_state_dict(made.directory)) == [w for w, _ in made.pairs]
+    assert wrong(made, ROWS, good | {scale: good[scale] * 1.1}) == [weight]
+    large = good[made.pairs[1][0]].clone()
+    large.view(torch.uint8)[3, 5] = 0x78
+    assert wrong(made, ROWS, good | {made.pairs[1][0]: large}) == [made.pairs[1][0]]
 
 
 def test_apart_gives_time_and_memory(made: Made) -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import __main__ as suite
-from benchmarks import fidelity, kernel, load, plan, readme_table
+from benchmarks import fidelity, kernel, load, plan, readme_table, threads
 from benchmarks.common import RESULTS
 from benchmarks.neuron_compile import __main__ as neuron_compile
 
@@ -26,7 +26,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("NEURON_FP8_SHARED", str(out / "absent"))
         for command, options in (
             (load.main, ["--size=64KiB", "--repeats=1", "--cold-repeats=1", "--script-size=64KiB",
-                         "--script-repeats=1", "--sizes=64KiB", "--thread-counts=2", "--directory", str(out)]),
+                         "--script-repeats=1", "--layout-size=64KiB", "--sizes=64KiB", "--thread-counts=2",
+                         "--directory", str(out)]),
             (kernel.main, ["--cache-size=4KiB", "--memory-size=64KiB", "--side=128", "--repeats=1", "--no-slow"]),
             (fidelity.main, ["--side=128", "--hidden=64", "--layers=1", "--tokens=8"]),
             (neuron_compile.main, ["--backend=emulate", "--hidden=64", "--tokens=8"]),
@@ -74,6 +75,7 @@ def test_every_figure_is_in_the_json(results: Path, pages: list[Path], tmp_path:
     for name, change in (
         ("load", lambda r: r["warm"]["neuron_fp8_loader"].update(gb_per_s=123.4)),
         ("load", lambda r: r["script"]["README script"].update(median_s=9876.5)),
+        ("load", lambda r: r["layout"]["neuron_fp8_loader, block -> row"].update(cpu_s=8765.43)),
         ("kernel", lambda r: r["memory"]["paths"]["memcpy"].update(gb_per_s=234.5)),
         ("fidelity", lambda r: r["logits"]["ratio"].update(kl_original=0.456)),
         ("neuron_compile", lambda r: r["backends"][0]["without"].update(nan=4711)),
@@ -84,7 +86,7 @@ def test_every_figure_is_in_the_json(results: Path, pages: list[Path], tmp_path:
         path.write_text(json.dumps(data))
     assert run(copy, pages) == 0
     text = pages[1].read_text()
-    for figure in ("123", "9876.5", "234", "0.46", "4711 of"):
+    for figure in ("123", "9876.5", "8765.43", "234", "0.46", "4711 of"):
         assert figure in text
     assert "Measured 20" in text
     assert "Measured 20" in pages[0].read_text()
@@ -124,7 +126,7 @@ def test_the_readme_of_this_repository() -> None:
 
 
 def test_every_benchmark_explains_itself() -> None:
-    commands = (load.main, kernel.main, plan.main, fidelity.main, neuron_compile.main)
+    commands = (load.main, kernel.main, plan.main, fidelity.main, neuron_compile.main, threads.main)
     for command in commands:
         assert any(option.name == "out" for option in command.params)  # the suite passes it
     for command in (suite.main, *commands, readme_table.main):

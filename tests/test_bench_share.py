@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import many, nxdi, share
+from benchmarks import many, nxdi, share, threads
 from benchmarks.contenders import OURS, REFERENCE
 from benchmarks.made import make
 from neuron_fp8_loader.checkpoint import open_checkpoint, runs
@@ -39,6 +39,16 @@ def test_many_tensors_beside_safetensors(tmp_path: Path) -> None:
     assert set(found["results"]) == {REFERENCE, OURS}
 
 
+def test_threads_and_the_projection(tmp_path: Path) -> None:
+    """Two threads and a tiny checkpoint: the figures mean nothing, the arithmetic does."""
+    done = CliRunner().invoke(threads.main, ["--size=64KiB", "--repeats=1", "--thread-counts=2", f"--out={tmp_path}"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception}"
+    found = json.loads((tmp_path / "threads.json").read_text())["results"]
+    assert set(found["threads"]) == set(found["share"]) == {"2"}
+    assert found["projection"]["cap"] == pytest.approx(2**20 / found["share"]["2"] / 1e3)
+    assert threads.projection(0.5, 10**9, 2.0) == {"one": 2.0, "asked": 64.0, "cap": 2**20 / 2e3}
+
+
 def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in nxdi.NEEDED:
         monkeypatch.delenv(name, raising=False)
@@ -46,3 +56,12 @@ def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0
     assert "NXD_SRC" in nxdi.missing()
     assert "NXDI_SRC" in nxdi.missing()
+
+
+def test_the_line_for_the_readme() -> None:
+    entry = {"median_s": 1.5, "cpu_s": 0.75}
+    results = {"shard_checkpoint": {nxdi.ON: entry, nxdi.OFF: entry | {"cpu_s": 0.5}}}
+    text = nxdi.line(results, 2**30)
+    assert "1.0 GiB" in text
+    assert "1.50 s against 1.50 s" in text
+    assert "CPU 1.50 x" in text

@@ -19,6 +19,7 @@ RUNS, TOPS = torch.zeros(4, 2, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch
 WIDE, FACTORS = torch.full((4, 6), 7.0, dtype=torch.bfloat16), torch.ones(3, 2)
 SCALES, MANTISSAS = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 ROW_SCALES = torch.zeros(4)
+ERRORS = torch.zeros(4096)
 GOOD: dict[str, dict[str, object]] = {
     "translate": {
         "path": "portable",
@@ -79,6 +80,16 @@ GOOD["dequantize"] = {
     "scales": FACTORS.data_ptr(),
     "scales_size": 24,
 }
+GOOD["best_mantissas"] = {
+    "scales": SCALES.data_ptr(),
+    "scales_size": 32,
+    "rows": 2,
+    "columns": 2,
+    "errors": ERRORS.data_ptr(),
+    "errors_size": 4 * 4096,
+    "mantissas": MANTISSAS.data_ptr(),
+    "mantissas_size": 16,
+}
 GOOD["place"] = {
     "path": "portable",
     "src": CODES.data_ptr(),
@@ -111,7 +122,7 @@ def wrong(arguments: dict[str, object]) -> list[tuple[str, object]]:
             bad += [(name, -1), (name, 5), (name, 7), (name, HUGE), (name, 2**63 - 1)]
         else:  # an address
             bad += [(name, 0), (name, 2**64 - 2)]
-            if name in ("scales", "mantissas", "row_scales"):
+            if name in ("scales", "mantissas", "row_scales", "errors"):
                 bad += [(name, value + 2)]
             if name == "dst" and "src_stride" not in arguments:
                 bad += [(name, CODES.data_ptr() + 1)]
@@ -173,6 +184,14 @@ def test_values_out_of_range(which: str, value: float) -> None:
     values.view(-1)[1] = value
     with pytest.raises(ValueError, match=f"{which}: value 1"):
         native.requantize(*(GOOD["requantize"] | {which: values.data_ptr()}).values())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_scales_that_have_no_mantissa(value: float) -> None:
+    values = SCALES.clone()
+    values.view(-1)[1] = value
+    with pytest.raises(ValueError, match="scales: value 1"):
+        native.best_mantissas(*(GOOD["best_mantissas"] | {"scales": values.data_ptr()}).values())
 
 
 def test_runs_that_are_no_finite_codes() -> None:

@@ -17,7 +17,7 @@ from support import e4m3fn, fp8, raw, shared, sqnr
 from neuron_fp8_loader import ScaleError, kernel, rescale_state_dict
 from neuron_fp8_loader.checkpoint import describe
 from neuron_fp8_loader.codes.granularity import Granularity
-from neuron_fp8_loader.codes.requantize import best_mantissas, requantize, tiles
+from neuron_fp8_loader.codes.requantize import _rounding_errors, best_mantissas, requantize, tiles
 from neuron_fp8_loader.load.layout import prepare_layout
 from neuron_fp8_loader.load.state_dict import rescale_by
 from neuron_fp8_loader.options import Options
@@ -294,6 +294,19 @@ def test_tied_weights_are_both_reported() -> None:
     assert set(report.requantized) == {"a.weight", "b.weight"}
 
 
+@pytest.mark.parametrize("across", [1, 2, 31, 64, 65, 300])
+def test_mantissas_in_c_are_those_by_torch(across: int) -> None:
+    if kernel.active == "torch":
+        pytest.skip("native only")
+    generator = torch.Generator().manual_seed(across)
+    scales = torch.rand(400, across, generator=generator, dtype=torch.float64) + 0.01
+    scales[100:200] = scales[100:200].bfloat16().double()
+    scales[200:250] = torch.exp2(torch.randint(-30, 30, (50, across), generator=generator).double())
+    scales[250:] *= torch.exp(9 * torch.randn(150, across, generator=generator))
+    scales[300:] *= torch.rand(100, across, generator=generator) < 0.7
+    assert torch.equal(kernel.best_mantissas(scales, _rounding_errors()), best_mantissas(scales))
+
+
 def test_mantissas_of_many_rows_are_those_of_each() -> None:
     scales = torch.rand(300, 200, dtype=torch.float64) + 0.1
     together = best_mantissas(scales)
@@ -327,5 +340,5 @@ def test_estimating_chooses_as_measuring_does(
     for path, got in made.items():
         assert torch.equal(got[0], new), path
         assert torch.equal(got[1], row_scales), path
-        assert got[2] == pytest.approx(signal, rel=1e-4)
-        assert got[3] == pytest.approx(noise, rel=1e-4)
+        assert got[2] == pytest.approx(signal, rel=1e-3)  # 0.005 dB
+        assert got[3] == pytest.approx(noise, rel=1e-3)

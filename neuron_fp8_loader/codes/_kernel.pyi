@@ -18,6 +18,17 @@ def run_max(
     blocks_size: int,
     /,
 ) -> None: ...
+def best_mantissas(
+    scales: int,
+    scales_size: int,
+    rows: int,
+    columns: int,
+    errors: int,
+    errors_size: int,
+    mantissas: int,
+    mantissas_size: int,
+    /,
+) -> None: ...
 def requantize(
     path: str,
     src: int,

@@ -124,6 +124,21 @@ def run_max(src: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, to
     return runs, blocks
 
 
+def best_mantissas(scales: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """As ``codes.requantize.best_mantissas``, which says what it takes. Native paths only.
+
+    Args:
+        scales: float64 [block rows, block columns], from 0 up, contiguous, on the CPU.
+        errors: float32 [4096], likewise: what is expected of ratios from 1 up to 2.
+    """
+    _expect("scales", scales, torch.float64, 2)
+    _expect("errors", errors, torch.float32, 1)
+    rows, columns = scales.shape
+    mantissas = torch.empty(rows, dtype=torch.float64, device="cpu")
+    _kernel.best_mantissas(*_span(scales), rows, columns, *_span(errors), *_span(mantissas))
+    return mantissas
+
+
 def requantize(
     src: torch.Tensor,
     dst: torch.Tensor,

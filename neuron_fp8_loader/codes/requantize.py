@@ -31,7 +31,10 @@ _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, 
 
 
 class Fidelity(NamedTuple):
-    """What a requantization changed: sums of squares over finite weights, in the checkpoint's own values."""
+    """What a requantization changed: sums of squares over finite weights, in the checkpoint's own values.
+
+    Native code adds up what it chose by, to some thousandths (less than 0.01 dB).
+    """
 
     signal: float = 0.0
     noise: float = 0.0
@@ -83,11 +86,12 @@ def tiles(
 def requantize(tile: Tile) -> Fidelity:
     """Requantize one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
     src, dst, scales, row_scales, block = tile
-    native = kernel.active != "torch"
-    runs, blocks = kernel.run_max(src, block) if native else largest_codes(src, block)
-    mantissas = best_mantissas(torch.where(blocks > 0, scales, 0.0))
-    if native:
+    if kernel.active != "torch":
+        runs, blocks = kernel.run_max(src, block)
+        mantissas = kernel.best_mantissas(torch.where(blocks > 0, scales, 0.0), _rounding_errors())
         return Fidelity(*kernel.requantize(src, dst, scales, mantissas, runs, row_scales, block))
+    runs, blocks = largest_codes(src, block)
+    mantissas = best_mantissas(torch.where(blocks > 0, scales, 0.0))
     signal, noise = choose(src, scales, mantissas, runs, row_scales, block)
     look_up(src, dst, scales, row_scales, block)
     return Fidelity(signal, noise)

@@ -11,7 +11,7 @@ from ..conventions import module_of
 from ..host.memory import as_bytes, buffer
 from .names import short_name
 
-_COLUMNS = 16  # of a sample, about
+_GROUPS, _GROUP = 4, 8  # of a sample, about: so many groups of columns a row, that side by side, as memory has them
 
 
 class Given(NamedTuple):
@@ -35,7 +35,7 @@ class Given(NamedTuple):
     def of(cls, module: str, weight: torch.Tensor, scale: torch.Tensor) -> Given:
         weight = weight.detach()  # ``.data = ...`` changes the tensor that others hold
         values = scale.detach().float().flatten().clone()
-        return cls(module, weight, values, _sample(weight).clone(), _version(weight))
+        return cls(module, weight, values, _sample(weight), _version(weight))
 
     def written(self) -> bool:
         """Has the weight been changed in place? Behind torch's back too, as far as the sample tells."""
@@ -202,7 +202,19 @@ def _zeros(weight: torch.Tensor) -> list[bool]:
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(torch.uint8)[:, :: max(1, weight.shape[1] // _COLUMNS)]
+    """uint8 [rows, columns], a copy: groups of columns all over a weight [rows, width], wherever and however it lies.
+
+    A group is one access to memory: looking at every weight must cost little beside reading it.
+    """
+    raw, width = weight.view(torch.uint8), weight.shape[1]
+    step = max(1, width // _GROUP // _GROUPS)
+    aligned = raw.storage_offset() % _GROUP == 0 and raw.stride(0) % _GROUP == 0 and raw.data_ptr() % _GROUP == 0
+    if width >= _GROUP and width % _GROUP == 0 and raw.stride(1) == 1 and aligned:
+        groups = raw.view(torch.int64)[:, ::step]
+        return groups.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    first = torch.arange(0, max(1, width // _GROUP), step, device="cpu") * _GROUP
+    columns = (first[:, None] + torch.arange(min(_GROUP, width), device="cpu")).flatten()
+    return raw.index_select(1, columns)
 
 
 def _version(tensor: torch.Tensor) -> int:

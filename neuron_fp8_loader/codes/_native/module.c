@@ -5,6 +5,7 @@
  */
 #include "arguments.h" /* first: it includes Python.h */
 
+#include <math.h>
 #include <string.h>
 
 #include "codes.h"
@@ -164,6 +165,29 @@ static int check_values(const char *what, const double *values, size_t n, double
     return 1;
 }
 
+static PyObject *best_mantissas(PyObject *self, PyObject *args) {
+    span scales, errors, mantissas;
+    Py_ssize_t rows, across;
+    size_t n;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KnnnKnKn:best_mantissas", &scales.at, &scales.size, &rows, &across, &errors.at,
+                          &errors.size, &mantissas.at, &mantissas.size))
+        return NULL;
+    if (!check_length("best_mantissas: rows", rows) || !check_length("best_mantissas: columns", across) ||
+        !check_product("best_mantissas: shape", (size_t)rows, (size_t)across, &n) ||
+        !check_span("best_mantissas: scales", scales, n, sizeof(double)) ||
+        !check_span("best_mantissas: errors", errors, FP8_ERRORS, sizeof(float)) ||
+        !check_span("best_mantissas: mantissas", mantissas, (size_t)rows, sizeof(double)))
+        return NULL;
+    const double *given = (const double *)(uintptr_t)scales.at;
+    if (!check_values("best_mantissas: scales", given, n, 0, HUGE_VAL)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fp8_best_mantissas(given, (size_t)rows, (size_t)across, (const float *)(uintptr_t)errors.at,
+                       (double *)(uintptr_t)mantissas.at);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static int check_codes(const char *what, const uint8_t *codes, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (codes[i] < FP8_NAN) continue;
@@ -281,6 +305,8 @@ static PyMethodDef METHODS[] = {
     {"histogram", histogram, METH_VARARGS, "histogram(src, size) -> bytes: 256 native uint64, how often each byte occurs."},
     {"run_max", run_max, METH_VARARGS,
      "run_max(path, src, size, rows, columns, height, width, runs, size, blocks, size): largest finite codes."},
+    {"best_mantissas", best_mantissas, METH_VARARGS,
+     "best_mantissas(scales, size, rows, columns, errors, size, mantissas, size): one a row of scales."},
     {"requantize", requantize, METH_VARARGS,
      "requantize(path, src, size, dst, size, rows, columns, height, width, scales, size, mantissas, size, runs, size,"
      " row_scales, size) -> (signal, noise)."},

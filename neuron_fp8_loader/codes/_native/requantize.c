@@ -37,25 +37,27 @@ int fp8_best(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES]
     return most <= (least > 0 ? least : 0);
 }
 
-int fp8_best_estimate(const double noise[FP8_CANDIDATES], const int exact[FP8_CANDIDATES], double signal) {
-    /* what an estimate and a measurement are off by at most, together; as above, and more than enough */
-    const double slack = 0x1p-21 * sqrt(signal), less = 1 - 0x1p-11, more = 1 + 0x1p-11;
+int fp8_best_estimate(const fp8_weighed *found) {
+    /* what a measurement is off by at most, as above, and more than enough for what estimating rounds */
+    const double slack = 0x1p-21 * sqrt(found->signal), less = 1 - 0x1p-12, more = 1 + 0x1p-12;
     double low[FP8_CANDIDATES], high[FP8_CANDIDATES];
     for (int k = 0; k < FP8_CANDIDATES; k++) {
-        const double root = sqrt(noise[k]), least = root * less - slack, most = root * more + slack;
+        const double sure = found->noise[k] - found->doubt[k];
+        const double least = sqrt(sure > 0 ? sure : 0) * less - slack;
+        const double most = sqrt(found->noise[k] + found->doubt[k]) * more + slack;
         low[k] = least > 0 ? least * least : 0;
         high[k] = most * most;
     }
     const double for_first[FP8_CANDIDATES] = {high[0], low[1]}, for_second[FP8_CANDIDATES] = {low[0], high[1]};
-    if (fp8_best(for_second, exact, signal) == 1) return 1;
-    return fp8_best(for_first, exact, signal) == 0 ? 0 : -1;
+    if (fp8_best(for_second, found->exact, found->signal) == 1) return 1;
+    return fp8_best(for_first, found->exact, found->signal) == 0 ? 0 : -1;
 }
 
 static void measure_row(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, const double *scales,
                         const uint8_t *runs, const float candidate[FP8_CANDIDATES], fp8_weighed *found) {
     const size_t across = grid->columns / grid->width + (grid->columns % grid->width != 0);
     double part[1 + FP8_CANDIDATES] = {0};
-    *found = (fp8_weighed){0, {0, 0}, {1, 1}};
+    *found = (fp8_weighed){0, {0, 0}, {0, 0}, {1, 1}};
     for (size_t block = 0; block < across; block++) {
         if (!runs[block]) continue;
         const size_t left = block * grid->width;
@@ -73,7 +75,8 @@ static void measure_row(const fp8_requantizer *path, const uint8_t *src, const f
 
 /* One row: its scale; adds to the error. */
 static float choose(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, const double *scales,
-                    const uint8_t *runs, double mantissa, const number_line *line, fp8_error *error) {
+                    const uint8_t *runs, double mantissa, const number_line *line, fp8_squares *known,
+                    fp8_error *error) {
     const size_t across = grid->columns / grid->width + (grid->columns % grid->width != 0);
     double largest = 0, any = 0;
     for (size_t block = 0; block < across; block++) {
@@ -88,8 +91,10 @@ static float choose(const fp8_requantizer *path, const uint8_t *src, const fp8_g
     candidate[0] = public_one >= FLT_MIN ? public_one : candidate[1];
     int best = -1;
     fp8_weighed found;
-    if (path->estimate && path->estimate(src, grid->columns, grid->width, scales, runs, candidate, &found))
-        best = fp8_best_estimate(found.noise, found.exact, found.signal);
+    if (path->estimate) {
+        path->estimate(src, grid->columns, grid->width, scales, runs, candidate, known, &found);
+        best = fp8_best_estimate(&found);
+    }
     if (best < 0) {
         measure_row(path, src, grid, scales, runs, candidate, &found);
         best = fp8_best(found.noise, found.exact, found.signal);
@@ -108,9 +113,8 @@ typedef struct {
     uint8_t table[FP8_CODES];
 } pair;
 
-#define PANEL ((size_t)32) /* blocks */
 #define WAYS ((size_t)16)
-#define ENTRIES (PANEL * WAYS)
+#define ENTRIES (FP8_KNOWN * WAYS)
 
 static double power_of_two(int exponent) {
     const uint64_t bits = (uint64_t)(exponent + 1023) << 52;
@@ -152,46 +156,54 @@ static void begin(pair *p, const number_line *line, double before, float after) 
     p->after = after;
 }
 
-/* Entries of one block of the panel; within it the exponents tell the pairs apart: the row scales of a block row
+/* Entries of one block; within them the exponents tell the pairs apart: the row scales of a block row
  * mostly differ in nothing else. */
 static size_t slot(size_t block, double before, float after) {
     uint64_t a;
     uint32_t b;
     memcpy(&a, &before, sizeof a);
     memcpy(&b, &after, sizeof b);
-    return block % PANEL * WAYS + (5 * (a >> 52) + (b >> 23)) % WAYS;
+    return block % FP8_KNOWN * WAYS + (5 * (a >> 52) + (b >> 23)) % WAYS;
+}
+
+/* One run of codes, not all zeros and NaN, under new scales. */
+static void rewrite(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst, size_t n, pair *p,
+                    fp8_steps *steps, const number_line *line, double before, float after) {
+    const int some = path->steps && path->steps(before / (double)after, steps);
+    size_t done = 0;
+    for (;;) {
+        if (some) done += path->step(src + done, dst + done, n - done, steps);
+        if (done == n) return;
+        if (p->before != before || p->after != after) begin(p, line, before, after);
+        const size_t part = some && n - done > FP8_GROUP ? FP8_GROUP : n - done;
+        path->look_up(src + done, dst + done, part, p->table);
+        done += part;
+    }
 }
 
 int fp8_requantize(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst, const fp8_grid *grid,
                    const double *scales, const double *mantissas, const uint8_t *runs, float *row_scales,
                    fp8_error *error) {
-    const size_t rows = grid->rows, columns = grid->columns, height = grid->height, width = grid->width;
+    const size_t rows = grid->rows, columns = grid->columns, width = grid->width;
     const size_t across = columns / width + (columns % width != 0);
     number_line line;
+    fp8_squares known[FP8_KNOWN] = {0};
+    fp8_steps steps[FP8_KNOWN] = {0};
     pair *cache = calloc(ENTRIES, sizeof *cache); /* no row scale is 0, so an empty entry matches nothing */
     if (!cache) return -1;
     draw(&line);
-    for (size_t top = 0; top < rows; top += height, scales += across, mantissas++) {
-        const size_t bottom = rows - top < height ? rows : top + height;
-        for (size_t row = top; row < bottom; row++)
-            row_scales[row] = choose(path, src + row * columns, grid, scales, runs + row * across, *mantissas, &line,
-                                     error);
-        /* panels: long enough runs of memory a row, few enough tables to stay in cache */
-        for (size_t first = 0; first < across; first += PANEL) {
-            const size_t last = across - first < PANEL ? across : first + PANEL;
-            for (size_t row = top; row < bottom; row++) {
-                for (size_t block = first; block < last; block++) {
-                    const size_t left = block * width, n = columns - left < width ? columns - left : width;
-                    const size_t at = row * columns + left;
-                    if (!runs[row * across + block]) { /* zeros and NaN stay what they are */
-                        if (dst != src) memcpy(dst + at, src + at, n);
-                        continue;
-                    }
-                    pair *p = cache + slot(block, scales[block], row_scales[row]);
-                    if (p->before != scales[block] || p->after != row_scales[row])
-                        begin(p, &line, scales[block], row_scales[row]);
-                    path->look_up(src + at, dst + at, n, p->table);
-                }
+    for (size_t row = 0; row < rows; row++, src += columns, dst += columns, runs += across) {
+        if (row && row % grid->height == 0) scales += across, mantissas++;
+        /* at once, while the row is in the first cache */
+        const float after = choose(path, src, grid, scales, runs, *mantissas, &line, known, error);
+        row_scales[row] = after;
+        for (size_t block = 0; block < across; block++) {
+            const size_t left = block * width, n = columns - left < width ? columns - left : width;
+            if (runs[block]) {
+                pair *p = cache + slot(block, scales[block], after);
+                rewrite(path, src + left, dst + left, n, p, steps + block % FP8_KNOWN, &line, scales[block], after);
+            } else if (dst != src) { /* zeros and NaN stay what they are */
+                memcpy(dst + left, src + left, n);
             }
         }
     }
@@ -266,4 +278,4 @@ static void look_up_portable(const uint8_t *src, uint8_t *dst, size_t n, const u
     for (size_t i = 0; i < n; i++) dst[i] = (uint8_t)((src[i] & FP8_SIGN) | table[src[i] & FP8_MAGNITUDE]);
 }
 
-const fp8_requantizer fp8_requantizer_portable = {max_portable, measure_portable, NULL, look_up_portable};
+const fp8_requantizer fp8_requantizer_portable = {max_portable, measure_portable, NULL, look_up_portable, NULL, NULL};

@@ -73,5 +73,5 @@ static void look_up_neon(const uint8_t *src, uint8_t *dst, size_t n, const uint8
     fp8_requantizer_portable.look_up(src + i, dst + i, n - i, table);
 }
 
-const fp8_requantizer fp8_requantizer_neon = {max_neon, measure_neon, NULL, look_up_neon};
+const fp8_requantizer fp8_requantizer_neon = {max_neon, measure_neon, NULL, look_up_neon, NULL, NULL};
 #endif
