@@ -37,6 +37,12 @@ def test_config(monkeypatch: pytest.MonkeyPatch, name: str, platform: str, kept:
     assert ("as bfloat16, weights take twice" in text) is not kept
 
 
+@pytest.mark.parametrize(("tp", "told"), [(1, False), (2, False), (3, True), (4, False), (8, True)])
+def test_config_tells_of_heads_that_do_not_divide(tp: int, told: bool) -> None:
+    data = run_json("config", shared("hf_fp8_block"), "--for", "vllm-neuron", "--tp", tp, code=0)
+    assert any(f"--tensor-parallel-size {tp} does not divide the model's 4" in note for note in data["notes"]) is told
+
+
 def test_config_with_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PLATFORM_ENV, "trn2")
     text = run("config", shared("modelopt_fp8_kv"), "--for", "vllm-neuron", "--method", "ratio").stdout
