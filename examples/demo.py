@@ -2,8 +2,8 @@
 
 python examples/demo.py [CHECKPOINT]
 
-CHECKPOINT is a Llama in one model.safetensors, whose FP8 weights have a weight_scale of one value or one a row: a forward
-in plain torch is run on it. Of any other, `neuron-fp8 inspect CHECKPOINT` says as much without one.
+CHECKPOINT is a Llama in one model.safetensors, whose FP8 weights have a weight_scale of one value or one a row: a
+forward in plain torch is run on it. Of any other, `neuron-fp8 inspect CHECKPOINT` says as much without one.
 """
 
 from __future__ import annotations
