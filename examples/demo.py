@@ -1,6 +1,9 @@
 """The main job on a real, tiny FP8 checkpoint: what a Neuron device would read without the loader, and with it.
 
 python examples/demo.py [CHECKPOINT]
+
+CHECKPOINT is a Llama in one model.safetensors, whose FP8 weights have a weight_scale of one value or one a row: a
+forward in plain torch is run on it. Of any other, `neuron-fp8 inspect CHECKPOINT` says as much without one.
 """
 
 from __future__ import annotations
@@ -25,7 +28,13 @@ def show(what: str, values: torch.Tensor) -> None:
 
 
 def main(checkpoint: Path) -> int:
-    config = json.loads((checkpoint / "config.json").read_text())
+    file, config = checkpoint / "model.safetensors", {}
+    if file.is_file() and (checkpoint / "config.json").is_file():
+        config = json.loads((checkpoint / "config.json").read_text())
+        pairs = neuron_fp8_loader.plan_checkpoint(file).pairs
+        forms = {(pair.convention, pair.granularity.kind in ("tensor", "row")) for pair in pairs}
+    if config.get("model_type") != "llama" or forms != {("weight_scale", True)}:
+        sys.exit(f"{checkpoint}: not a checkpoint for the demo.\n{__doc__}")
     prompt = torch.randint(3, config["vocab_size"], (12,), generator=torch.Generator().manual_seed(0))
 
     print(f"Plan of {checkpoint.name} (headers only):")
@@ -33,7 +42,7 @@ def main(checkpoint: Path) -> int:
         print(f"  {line}")
 
     print("\nWithout the loader, read as a trn1, inf2 or trn2 device reads it:")
-    plain = load_file(checkpoint / "model.safetensors")
+    plain = load_file(file)
     seen = torch.cat([neuron_view(t).view(-1) for t in plain.values() if t.dtype == torch.float8_e4m3fn])
     print(f"  {int(seen.isinf().sum())} inf and {int(seen.isnan().sum())} nan among {seen.numel()} FP8 weights")
     reference = logits(plain, config, prompt, read=torch.Tensor.float)

@@ -1,11 +1,10 @@
 """A torch module of one's own: load_state_dict takes a GPU's FP8 state dict and loads it Neuron-ready.
 
-python examples/plain_torch.py [CHECKPOINT]
+python examples/plain_torch.py
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -37,9 +36,9 @@ class Mlp(torch.nn.Module):
         return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def main(checkpoint: str = str(Path(__file__).parent / "tiny-llama-fp8")) -> None:
+def main() -> None:
     prefix = "model.layers.0.mlp."
-    tensors = load_file(Path(checkpoint) / "model.safetensors")
+    tensors = load_file(Path(__file__).parent / "tiny-llama-fp8" / "model.safetensors")
     state_dict = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     mlp, x = Mlp(), torch.ones(1, 256)
 
@@ -51,4 +50,4 @@ def main(checkpoint: str = str(Path(__file__).parent / "tiny-llama-fp8")) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, TINY
+from support import ROOT, TINY, shared
 
 
 def test_demo_shows_both_readings() -> None:
@@ -22,6 +22,13 @@ def test_demo_shows_both_readings() -> None:
     assert "device: 0 of 6144 logits finite" in without
     assert "device: 6144 of 6144 logits finite" in with_loader
     assert "14 of 14 FP8 weights rescaled (half)" in with_loader
+
+
+def test_demo_says_which_checkpoints_it_takes(tmp_path) -> None:
+    for checkpoint in (tmp_path, shared("hf_fp8_block"), shared("ct_fp8_dynamic_moe")):
+        command = [sys.executable, str(ROOT / "examples" / "demo.py"), str(checkpoint)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, "CHECKPOINT is a Llama" in done.stderr, done.stdout) == (1, True, "")
 
 
 def test_llama_agrees_with_transformers() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file as original
-from support import TINY, codes, raw, save
+from support import TINY, codes, raw, save, shared
 
 from neuron_fp8_loader import kernel, load_checkpoint
 from neuron_fp8_loader.errors import listing
@@ -27,6 +27,13 @@ def loaded(tmp_path):
         "c.weight": codes([[0x08]]),  # no scale
     }
     return load_checkpoint(save(tmp_path / "m.safetensors", tensors), unscaled="dequantize", threads=3)
+
+
+def test_what_is_requantized_is_counted_as_a_bound():
+    report = load_checkpoint(shared("hf_fp8_block"), layout="per_channel").report
+    codes = sum(weight.numel for weight in report.weights)
+    assert report.rounded == codes
+    assert f"at most {codes} rounded" in report.summary()
 
 
 def test_counts(loaded):

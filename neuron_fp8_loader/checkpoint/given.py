@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError, Shown, ShownPath
-from . import store  # noqa: F401  whose schemes RemotePath opens
+from . import store  # whose schemes RemotePath opens
 from .hub import Repository, on_the_hub, snapshot
 from .regular import stamp
 from .remote import URL, RemotePath
@@ -95,6 +95,7 @@ def _in_store(given: str) -> RemotePath:
         )
     if len(path.parts) < 2:
         raise CheckpointError(f"{given}: names no bucket")
+    store.require(given)
     path.store.forget()
     if not path.exists() or (not path.key and path.store.denied):
         denied = path.store.denied

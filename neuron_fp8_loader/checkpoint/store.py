@@ -34,6 +34,17 @@ _OWN_WAYS = (
 _KEYS = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
+def require(place: str) -> None:
+    """Raise CheckpointError if there is no obstore to read the place with."""
+    try:
+        import obstore.store  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"{place}: is read by obstore, which is not installed: pip install 'neuron-fp8-loader[s3]'; or copy the "
+            "checkpoint to a directory"
+        ) from error
+
+
 class ObjectStore:
     """One bucket, or one host.
 
@@ -42,15 +53,10 @@ class ObjectStore:
     """
 
     def __init__(self, root: str) -> None:
-        try:
-            from obstore.store import from_url
+        require(root)
+        from obstore.store import from_url
 
-            open_url: Any = from_url  # its overloads go by the scheme
-        except ImportError as error:
-            raise CheckpointError(
-                f"{root}: is read by obstore, which is not installed: pip install 'neuron-fp8-loader[s3]'; or copy "
-                "the checkpoint to a directory"
-            ) from error
+        open_url: Any = from_url  # its overloads go by the scheme
         self._root, self.lists = root, not root.startswith("http")
         _require_own_process(root)
         client: dict[str, Any] = dict(CLIENT)

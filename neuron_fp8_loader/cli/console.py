@@ -56,7 +56,7 @@ class Command(click.Command):
         except ModuleNotFoundError as error:
             if error.name not in ("numpy", "ml_dtypes"):
                 raise
-            _fail(ctx, f"{ctx.info_name} needs {error.name}: pip install ml_dtypes numpy")
+            _fail(ctx, f"{ctx.info_name} needs {error.name}: pip install 'neuron-fp8-loader[verify]'")
         except KeyboardInterrupt:
             click.echo("neuron-fp8: interrupted", err=True)
             ctx.exit(INTERRUPTED)

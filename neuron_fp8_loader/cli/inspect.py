@@ -285,7 +285,7 @@ def _load(found: Scan) -> list[tuple[str, str]]:
     if found.requantized:
         count = sum(found.weights[name].numel for name in found.requantized)
         what = f"{len(found.requantized)} of {weights} weights from block scales to row scales"
-        lines.append(("requantize", f"{what}; each of their {count} codes would be rounded once more"))
+        lines.append(("requantize", f"{what}; at most all of their {count} codes would be rounded once more"))
     if found.dequantized:
         lines.append(("dequantize", f"{len(found.dequantized)} of {weights} weights, to bfloat16"))
     if not lines:

@@ -66,11 +66,15 @@ class Report:
 
     @property
     def rounded(self) -> int:
-        """Codes that lost a bit, and all codes of weights whose requantizing cost anything: each of those was rounded
-        once more."""
-        again = {name for name, sqnr in self.requantized.items() if math.isfinite(sqnr)}
+        """Codes that lost a bit, and all codes of weights whose requantizing cost anything. Each of those was rounded
+        once more, a few to the value that it had: with such weights the number is an upper bound."""
+        again = self._rounded_again
         lossy = sum(w.counts.lossy for w in self.rescaled)
         return lossy + sum(w.numel for w in self.weights if w.name in again)
+
+    @property
+    def _rounded_again(self) -> set[str]:
+        return {name for name, sqnr in self.requantized.items() if math.isfinite(sqnr)}
 
     @property
     def gb_per_s(self) -> float:
@@ -80,7 +84,7 @@ class Report:
         """One line."""
         counts, codes = self.counts, sum(w.numel for w in self.weights)
         parts = [f"{self.tensors} tensors", *self._done(), f"{counts.above} of {codes} codes were above 240"]
-        parts += [f"{self.rounded} rounded", f"{counts.nan} NaN"]
+        parts += [f"{'at most ' if self._rounded_again else ''}{self.rounded} rounded", f"{counts.nan} NaN"]
         if self.activation_scales:
             parts.append(f"{self.activation_scales} activation scales rescaled")
         speed = f"{size(self.nbytes)} in {self.seconds:.2f} s, {self.gb_per_s:.2f} GB/s"

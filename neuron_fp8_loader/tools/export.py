@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..checkpoint.remote import URL
 from ..errors import ShownPath, WeightError
 from ..host.parallel import progress
 from ..host.units import size
@@ -203,6 +204,10 @@ def prepare_export(
     if checkpoint.selected != frozenset(checkpoint.files):
         raise ExportError(
             f"{checkpoint.path}: is one of {len(checkpoint.files)} shards; give their directory or the index"
+        )
+    if URL.match(os.fsdecode(out)):
+        raise ExportError(
+            f"{os.fsdecode(out)}: is a URL, and an export goes to a directory; copy that to a store then"
         )
     base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
     out = ShownPath(out)

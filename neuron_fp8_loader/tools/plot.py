@@ -30,7 +30,7 @@ def check_plot(path: str) -> None:
         raise OptionError(f"--plot {path}: there is no such directory")
     for module in ("altair", "vl_convert"):
         if importlib.util.find_spec(module) is None:
-            raise OptionError(f"--plot needs {module}: pip install altair vl-convert-python")
+            raise OptionError(f"--plot needs {module}: pip install 'neuron-fp8-loader[plot]'")
 
 
 def write_plot(scan: Scan, path: str, stack: str = "") -> None:

@@ -151,7 +151,7 @@ class Scan:
     @property
     def rounded(self) -> int:
         """Codes of the rescaled weights to which the method gives another value, and all codes of weights whose
-        requantizing is predicted to cost anything: each of those is rounded once more."""
+        requantizing is predicted to cost anything: an upper bound, for some are rounded to the value they have."""
         counts = (self.weights[name].counts.lossy for name in self.rescaled)
         return sum(counts) + sum(self.weights[name].numel for name in self.requantized if self._costs(name))
 

@@ -153,7 +153,11 @@ class PluginSettings:
 def plugin_settings_for(
     path: str | os.PathLike[str], *, tp_degree: int | None = None, method: str = "half"
 ) -> PluginSettings:
-    """Settings for the vLLM Neuron plugin; arguments and errors as for ``settings_for``."""
+    """Settings for the vLLM Neuron plugin; arguments and errors as for ``settings_for``.
+
+    ``tp_degree`` is handed on to vLLM; a note says where it does not divide the attention heads, of which the
+    plugin's models (0.24) give each rank as many, and pad none.
+    """
     checkpoint = open_checkpoint(path)
     plan = plan_for(checkpoint)
     directory = (checkpoint.index.parent if checkpoint.index else checkpoint.directory).resolve()
@@ -171,6 +175,12 @@ def plugin_settings_for(
     command = ["vllm", "serve", str(directory), "--quantization", QUANTIZATION]
     if tp_degree is not None:
         command += ["--tensor-parallel-size", str(tp_degree)]
+        heads = heads_of(config)
+        if heads is not None and heads.attention % tp_degree:
+            notes.append(
+                f"--tensor-parallel-size {tp_degree} does not divide the model's {heads.attention} attention heads, "
+                "which the plugin shares out evenly, without padding"
+            )
     if any(scale.kind == "kv" for scale in plan.activation_scales):
         notes.append("the KV cache scales are read where --kv-cache-dtype fp8 asks for an FP8 cache")
     if not design.kept:

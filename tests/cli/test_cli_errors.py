@@ -159,7 +159,7 @@ def test_verify_without_its_extra(monkeypatch: pytest.MonkeyPatch, module: str) 
     for name in ("arithmetic", "compare", "verify"):
         monkeypatch.delitem(sys.modules, f"neuron_fp8_loader.tools.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    assert f"verify needs {module}: pip install ml_dtypes numpy" in one_line(run("verify", TINY))
+    assert f"verify needs {module}: pip install 'neuron-fp8-loader[verify]'" in one_line(run("verify", TINY))
 
 
 def test_many_problems_on_one_line() -> None:

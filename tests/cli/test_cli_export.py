@@ -153,6 +153,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         before = sorted(tmp_path.rglob("*"))
         assert said in one_line(run("export", path, out))
         assert sorted(tmp_path.rglob("*")) == before
+    assert "s3://bucket/out: is a URL" in one_line(run("export", path, "s3://bucket/out"))
     assert "one of 2 shards" in one_line(run("export", path / "model-00001-of-00002.safetensors", tmp_path / "o"))
     assert run("export", path, tmp_path / "out").exit_code == 0
     assert "other options" in one_line(run("export", path, tmp_path / "out", "--method", "ratio"))

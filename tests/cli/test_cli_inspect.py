@@ -175,4 +175,4 @@ def test_a_plot_that_cannot_be_is_refused_first(tmp_path: Path, monkeypatch: pyt
     assert "ends in .png or .html" in one_line(run("inspect", TINY, "--plot", tmp_path / "x.pdf"))
     assert "no such directory" in one_line(run("inspect", TINY, "--plot", tmp_path / "no" / "x.png"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install altair vl-convert-python" in one_line(run("inspect", TINY, "--plot", tmp_path / "x.png"))
+    assert "pip install 'neuron-fp8-loader[plot]'" in one_line(run("inspect", TINY, "--plot", tmp_path / "x.png"))

@@ -11,7 +11,7 @@ from neuron_fp8_loader.codes.device import PLATFORM_ENV
 from neuron_fp8_loader.integrations.vllm_neuron.flag import ENV, GUARD_ENV
 from neuron_fp8_loader.tools import doctor
 from tests.cli.helpers import run, run_json
-from tests.support import shared
+from tests.support import TINY, shared
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,12 @@ def test_config(monkeypatch: pytest.MonkeyPatch, name: str, platform: str, kept:
     assert "export NEURON_FP8_LOADER=1" in text
     assert f"# weights: {data['design']}" in text
     assert ("as bfloat16, weights take twice" in text) is not kept
+
+
+@pytest.mark.parametrize(("tp", "told"), [(1, False), (2, False), (3, True), (4, False), (8, True)])
+def test_config_tells_of_heads_that_do_not_divide(tp: int, told: bool) -> None:
+    data = run_json("config", TINY, "--for", "vllm-neuron", "--tp", tp, code=0)
+    assert any(f"--tensor-parallel-size {tp} does not divide the model's 4" in note for note in data["notes"]) is told
 
 
 def test_config_with_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
