@@ -7,6 +7,7 @@ Every rank and row is held against the dequantized twin of the checkpoint, shard
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -25,6 +26,9 @@ from tests.integrations.at_hand import AT_HAND, Checkpoint, whole_model
 from tests.integrations.moe_matrix import ROWS
 from tests.integrations.real_moe import HALVED, MX_BLOCKS, REQUANTIZED, TYPES, Ranks, checkpoint, shards, worst
 from tests.support import shared
+
+# on import it sets seeds by the groups that there are: none yet
+demo = importlib.import_module("neuronx_distributed_inference.inference_demo")
 
 Row = tuple[str, str, bool]
 WHAT = ("quantized", "quantized_checkpoints_path", "quantization_dtype", "quantization_type", "modules_to_not_convert")
@@ -150,8 +154,6 @@ def test_what_is_refused_does_not_load(
 @pytest.mark.parametrize("row", [row for row in ROWS if row[0] in ("qwen3_moe", "mixtral", "dbrx")])
 def test_inference_demo_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row: Row) -> None:
     """Its printed command is run, up to the NeuronConfig that it makes."""
-    from neuronx_distributed_inference import inference_demo as demo
-
     path, _ = checkpoint(*row)
     args = ("--tp", 2, *(("--experts", "blockwise") if has_blocks(row) else ()))
     given = pasted(path, *args)
