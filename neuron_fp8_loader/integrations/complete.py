@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..conventions import module_of
@@ -46,12 +46,7 @@ def check_complete(
     if not quantized:
         scaled = [n for n in weights if short_name(module_of(n)) not in unscaled]
         if scaled:
-            raise WeightError(
-                f"{source}: quantized=False, but {listing('FP8 weight', scaled)}\n"
-                "Their codes would be used as values, without their scales. Set quantized=True with "
-                'quantization_dtype="f8e4m3" and quantized_checkpoints_path, or have all of them as bfloat16: '
-                'fp8_rescale={"dequantize": ["*"]}'
-            )
+            raise codes_as_values(source, scaled)
         return
     bare = [
         name
@@ -75,6 +70,16 @@ def check_complete(
         f"{source}: the model's conversion keeps FP8 weights and their scales apart.\n" + "\n".join(parts) + "\n"
         "The weights would be used without their scales. Have these modules as bfloat16: "
         f'fp8_rescale={{"dequantize": {_families(modules)}}}, with modules_to_not_convert left out'
+    )
+
+
+def codes_as_values(source: str, names: Sequence[str]) -> WeightError:
+    """What to say of FP8 weights, by name, that a model without quantized layers was given."""
+    return WeightError(
+        f"{source}: quantized=False, but {listing('FP8 weight', names)}\n"
+        "Their codes would be used as values, without their scales. Set quantized=True with "
+        'quantization_dtype="f8e4m3" and quantized_checkpoints_path, or have all of them as bfloat16: '
+        'fp8_rescale={"dequantize": ["*"]}'
     )
 
 

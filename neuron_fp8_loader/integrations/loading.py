@@ -21,11 +21,11 @@ from ..load.files import load_checkpoint
 from ..load.state_dict import rescale_by
 from ..options import Options
 from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
-from .check import check_ready
-from .complete import check_complete, scales_of
+from .check import check_ready, is_weight
+from .complete import check_complete, codes_as_values, scales_of
 from .experts import parts_of
 from .explain import explained
-from .flag import BLOCKWISE, FLAG, experts_apart, options_for, parse, quantization_type
+from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
 from .fused_scales import Form, attach_scales
 from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
 from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, one_each, patterns
@@ -34,7 +34,7 @@ from .neuron_config import find_plan, has_fp8
 from .places import behind, standing_in
 from .qkv import fused_again, interleaved_as_floats, parts_dequantized, split_with_rows, unfused
 from .row_scales import Rows
-from .stacks import as_taken, only_of, takes
+from .stacks import as_taken, check_alike, only_of, takes
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -90,6 +90,9 @@ class Session:
         """
         self.unscaled |= {path for name in plan.unscaled for path in paths_of(module_of(name))}
         if self._keeps_names(plan):
+            if not self.quantized:  # experts that become bfloat16 are to lie as the model takes them, too
+                floats = dequantized(plan, self.options)
+                self.pairs = {short_name(pair.module): pair for pair in plan.pairs if pair.weight in floats}
             return {**self.options, "layout": "keep", **interleaved_as_floats(plan, self.options)}
         modules = modules_of(self.app) if self.app is not None else None
         if modules is not None and self.prefix:
@@ -208,8 +211,15 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         taken = takes(cls)
         parts = parts_of(state_dict, session.pairs, taken.experts(config) if taken else 0)
         rows = Rows.of(state_dict)
+        check_alike(state_dict, taken, Shown(path))
         placed = as_taken(state_dict, taken, session.pairs)
-        converted = convert(state_dict, *args, **kwargs)
+        fp8 = [] if session.quantized else [n for n, t in state_dict.items() if is_weight(n, t, state_dict)]
+        try:
+            converted = convert(state_dict, *args, **kwargs)
+        except Exception as error:
+            if fp8:
+                raise codes_as_values(Shown(path), fp8) from error
+            raise
         converted.update(only_of(converted, placed))
         if session.quantized:
             rows.attach(converted, Shown(path))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..codes.formats import E4M3FN
+from ..errors import OptionError
 from ..plan import Pair
 from .names import short_name
 
@@ -102,6 +104,25 @@ def as_taken(
     return _placed(state_dict, form.block, pairs, made) if form.block else {}
 
 
+def check_alike(state_dict: Mapping[str, Any], form: Takes | None, source: str) -> None:
+    """Raise OptionError where a conversion that stacks experts in the dtype of the first would cast others."""
+    if form is None or form.stacked:
+        return
+    first: dict[str, dict[bool, str]] = {}
+    for name, value in state_dict.items():
+        match = _SINGLE.match(name)
+        if match and isinstance(value, torch.Tensor):
+            kinds = first.setdefault(match["head"], {})
+            kinds.setdefault(value.dtype == E4M3FN, name)
+            if len(kinds) == 2:
+                raise OptionError(
+                    f"{source}: {kinds[True]} is FP8, and {kinds[False]} is not, or not any more; this model stacks "
+                    "the experts of a layer in one dtype. Name both gate_up_proj and down_proj of its experts in "
+                    "modules_to_not_convert, or neither; or have all experts as bfloat16: "
+                    'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
+                )
+
+
 def only_of(layers: Collection[str], placed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of ``as_taken``'s result is of a layer that the model has, by the names that its conversion returned."""
     there = {match["layer"] for match in map(_LAYER.match, layers) if match}
@@ -166,7 +187,7 @@ def _stack(state_dict: MutableMapping[str, Any], form: Takes) -> set[str]:
         gate, up, down = ([state_dict[experts[n][p]] for n in numbers] for p in (form.gate, form.up, form.down))
         (inter, hidden), experts_count = gate[0].shape, len(experts)
         fused = torch.empty(experts_count, hidden, 2 * inter, dtype=gate[0].dtype)
-        downs = torch.empty(experts_count, inter, hidden, dtype=gate[0].dtype)
+        downs = torch.empty(experts_count, inter, hidden, dtype=down[0].dtype)
         for n in numbers:
             fused[n, :, :inter], fused[n, :, inter:], downs[n] = gate[n].T, up[n].T, down[n].T
             for p in (form.gate, form.up, form.down):

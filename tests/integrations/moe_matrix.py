@@ -57,11 +57,23 @@ def cell(family: str, form: str, stack: bool, kind: str, tp: int) -> str:
     return f"{min(experts):.0f} / {f'{min(others):.0f}' if others else 'bf16'}"
 
 
+def floats(family: str, form: str, stack: bool, tp: int) -> str:
+    """``quantized=False``, everything dequantized: is each value the checkpoint's, rounded to bfloat16 once?"""
+    fp8, plain = checkpoint(family, form, stack)
+    try:
+        ranks = shards(family, fp8, tp, quantized=False, fp8_rescale={"dequantize": ["*"]})
+    except Fp8LoaderError:
+        return "refused"
+    both = list(zip(ranks, twin(family, plain, tp), strict=True))
+    same = all(r.keys() == t.keys() and all(r[n].equal(t[n].to(r[n].dtype)) for n in t) for r, t in both)
+    return "exact" if same else "wrong"
+
+
 def main(tp: int, families: Collection[str]) -> None:
-    print(f"| family | experts on disk | a scale for | {' | '.join(TYPES)} |")
-    print("|---" * (3 + len(TYPES)) + "|")
+    print(f"| family | experts on disk | a scale for | {' | '.join(TYPES)} | bf16 |")
+    print("|---" * (4 + len(TYPES)) + "|")
     for family, form, stack in (row for row in ROWS if not families or row[0] in families):
-        cells = [cell(family, form, stack, kind, tp) for kind in TYPES]
+        cells = [*(cell(family, form, stack, kind, tp) for kind in TYPES), floats(family, form, stack, tp)]
         lying = "stacked" if stack else "one below another" if family == "dbrx" else "one by one"
         print(f"| {family} | {lying} | {FORMS[form]} | {' | '.join(cells)} |", flush=True)
 

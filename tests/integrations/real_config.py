@@ -24,7 +24,17 @@ from neuron_fp8_loader.cli.config import DEMO_MODELS
 from tests.cli.helpers import run, run_json
 from tests.integrations.at_hand import AT_HAND, Checkpoint, whole_model
 from tests.integrations.moe_matrix import ROWS
-from tests.integrations.real_moe import HALVED, MX_BLOCKS, REQUANTIZED, TYPES, Ranks, checkpoint, shards, worst
+from tests.integrations.real_moe import (
+    HALVED,
+    MX_BLOCKS,
+    REQUANTIZED,
+    TYPES,
+    Ranks,
+    checkpoint,
+    misrounded,
+    shards,
+    worst,
+)
 from tests.support import shared
 
 # on import it sets seeds by the groups that there are: none yet
@@ -67,6 +77,8 @@ def check(ranks: Ranks, twins: Ranks, *, experts: float, others: float) -> set[s
     found = worst(ranks, twins)
     for name, least in found.items():
         assert least > (experts if ".expert_mlps." in name else others), (name, least)
+    for name, codes in misrounded(ranks, twins).items():
+        assert codes == 0, (name, codes)
     for rank, other in zip(ranks, twins, strict=True):
         for name, tensor in other.items():
             if name not in found:

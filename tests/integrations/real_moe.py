@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -78,8 +79,8 @@ def twin(family: str, path: Path, tp: int) -> Ranks:
     return shards(family, path, tp, quantized=False, torch_dtype="float32", fp8_rescale=False)
 
 
-def values(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
-    """float64 weight x scale, its bytes read as IEEE e4m3, of one scale an output row, a block or for all."""
+def spread(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+    """A weight's scale, of one value an output row, a block or for all, as float64 of the weight's shape."""
     weight, scale = rank[name], rank[name.removesuffix("weight") + "scale"]
     assert scale.dtype == torch.float32
     whole = scale.double().numpy()
@@ -87,7 +88,12 @@ def values(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
         for axis, size in enumerate(weight.shape):
             assert size % whole.shape[axis] == 0
             whole = whole.repeat(size // whole.shape[axis], axis)
-    return ieee_e4m3(weight) * whole
+    return whole
+
+
+def values(rank: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+    """float64 weight x scale, its bytes read as IEEE e4m3."""
+    return ieee_e4m3(rank[name]) * spread(rank, name)
 
 
 def worst(ranks: Ranks, twins: Ranks) -> dict[str, float]:
@@ -107,6 +113,25 @@ def worst(ranks: Ranks, twins: Ranks) -> dict[str, float]:
             noisy = noise > 0
             dB = 10 * np.log10(np.maximum(signal[noisy], np.finfo(np.float64).tiny) / noise[noisy])
             found[name] = min(found.get(name, np.inf), dB.min(initial=np.inf))
+    return found
+
+
+def misrounded(ranks: Ranks, twins: Ranks) -> dict[str, int]:
+    """How many codes are further from value / scale than another code, by the name of the weight.
+
+    Codes are rounded to the nearest when blocks become rows, and when they are halved. A scale that is some percent
+    off leaves the dB of a row as they are, but not its codes the nearest.
+    """
+    found: dict[str, int] = {}
+    for rank, other in zip(ranks, twins, strict=True):
+        for name in (n for n, t in rank.items() if t.dtype == FP8):
+            want, scale, got = other[name].double().numpy(), spread(rank, name), ieee_e4m3(rank[name])
+            exact = np.divide(
+                want, scale, out=np.zeros_like(want), where=want != 0
+            )  # heads of zeros have scales of zero
+            nearest = exact.astype(np.float32).astype(ml_dtypes.float8_e4m3).astype(np.float64)
+            further = np.abs(got - exact) > np.abs(nearest - exact) * (1 + 1e-5)
+            found[name] = found.get(name, 0) + int(further.sum())
     return found
 
 

@@ -53,6 +53,46 @@ def test_experts_are_put_around_a_conversion(
     assert not [name for name in loaded if name.startswith(f"layers.{LAYERS}.")]
 
 
+def test_experts_of_a_model_without_quantized_layers_lie_as_it_takes_them(enabled: Standin, tmp_path: Path) -> None:
+    """Qwen3.5's conversion does not miss experts that lie one by one: it would have none."""
+    tensors, exact = checkpoint("block")
+    given = {"quantized": False, "fp8_rescale": {"dequantize": ["*"]}}
+    loaded = load(enabled, "qwen35", write(tmp_path, tensors), sees_no_experts, **given)
+    for layer in range(LAYERS):
+        down = loaded[f"layers.{layer}.mlp.moe.expert_mlps.mlp_op.down_proj.weight"]
+        for expert in range(EXPERTS):
+            want = exact[f"layers.{layer}.mlp.experts.{expert}.down_proj"]
+            assert torch.equal(down[expert].T, want.bfloat16())
+
+
+def test_a_conversion_that_stops_at_fp8_weights_is_explained(enabled: Standin, tmp_path: Path) -> None:
+    def stops(state_dict: Tensors, config: Any) -> Tensors:
+        raise KeyError("layers.0.feed_forward.experts.down_proj")
+
+    tensors, _ = checkpoint("channel")
+    path = write(tmp_path, tensors)
+    with pytest.raises(WeightError, match=r"quantized=False, but 20 FP8 weights") as error:
+        load(enabled, "llama4", path, stops, quantized=False)
+    assert isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(KeyError):
+        load(enabled, "llama4", path, stops, quantized=False, fp8_rescale={"dequantize": ["*"]})
+
+
+@pytest.mark.parametrize("plain", ["down_proj", "gate_up_proj"])
+def test_half_of_the_experts_as_bfloat16(enabled: Standin, tmp_path: Path, plain: str) -> None:
+    """A conversion that stacks in one dtype would cast the others; where they are stacked here, each has its own."""
+    tensors, _ = checkpoint("channel")
+    path = write(tmp_path, tensors)
+    given = {**EXPERT_WISE, "modules_to_not_convert": ["lm_head", f"mlp_op.{plain}"]}
+    with pytest.raises(OptionError, match=r"the experts of a layer in one dtype.*both gate_up_proj and"):
+        load(enabled, "qwen3_moe", path, lambda tensors, config: tensors, **given)
+    loaded = load(enabled, "qwen35", path, sees_no_experts, **given)
+    for part in ("down_proj", "gate_up_proj"):
+        name = f"layers.0.mlp.moe.expert_mlps.mlp_op.{part}"
+        assert (loaded[f"{name}.weight"].dtype == torch.bfloat16) == (part == plain)
+        assert (f"{name}.scale" in loaded) == (part != plain)
+
+
 def test_experts_as_bfloat16_are_put_around_it_too(enabled: Standin, tmp_path: Path) -> None:
     tensors, exact = checkpoint("block")
     loaded = load(

@@ -20,7 +20,7 @@ CASES = [
     ("real_logits.py",),
     ("real_moe_ep.py",),
     ("real_mimo.py",),
-    ("real_config.py",),
+    ("real_config.py", "real_mutations.py", "real_lists.py"),
     ("real_disable.py",),
 ]
 
