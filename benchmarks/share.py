@@ -21,7 +21,14 @@ from .made import make
 
 
 def free_read(
-    handle: int, offset: int, done: int, piece: int, segments: array[int], tables: Any, cells: Any
+    handle: int,
+    offset: int,
+    done: int,
+    piece: int,
+    segments: array[int],
+    tables: Any,
+    cells: Any,
+    direct: bool = False,
 ) -> tuple[int, int]:
     """In place of ``read_segments``: everything is done at once, and costs nothing."""
     return sum(segments[1::SEGMENT]), 0

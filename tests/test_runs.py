@@ -9,15 +9,18 @@ import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hooked import can_hook, library
-from support import random_codes, save
+from support import random_codes, same_bytes, save
 
-from neuron_fp8_loader import load_state_dict
+from benchmarks.pagecache import cached, can_drop, drop
+from neuron_fp8_loader import OptionError, load_state_dict
+from neuron_fp8_loader.checkpoint import runs
 from neuron_fp8_loader.codes import kernel
 from neuron_fp8_loader.codes.formats import HALF
 from neuron_fp8_loader.codes.kernel import SEGMENT, How, read_segments
@@ -57,12 +60,12 @@ class Run:
             self.words.extend((at, size, at, at + size, how, 0, how == How.DECIDE, 0, 0, 0, 0, 0))
         self.cells = torch.zeros(2, dtype=torch.uint8)
 
-    def read(self, piece: int) -> tuple[int, int]:
+    def read(self, piece: int, *, direct: bool = False) -> tuple[int, int]:
         handle = os.open(self.file, os.O_RDONLY)
         try:
             done, error = 0, 0
             while done < sum(self.sizes) and not error:
-                done, error = read_segments(handle, self.offset, done, piece, self.words, [HALF], self.cells)
+                done, error = read_segments(handle, self.offset, done, piece, self.words, [HALF], self.cells, direct)
             return done, error
         finally:
             os.close(handle)
@@ -102,6 +105,71 @@ def test_every_byte_is_where_it_belongs(tmp_path: Path, sizes: list[int], piece:
         lossy = np.count_nonzero((code < 16) & (code & 1 == 1))
         counted = (code.max(), above, lossy, np.count_nonzero(code == 0x7F))
         assert seen == ((0, 0, 0, 0) if how == How.KEEP else counted)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "piece", "offset"),
+    [([1], 1, 0), ([7, 1, 4096, 33], 64, 4090), ([1] * 700 + [9999], 1000, 1), ([3 << 20, 5, 2_500_001], 1 << 18, 8)],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)}x{sum(value)}",
+)
+def test_past_the_page_cache(tmp_path: Path, sizes: list[int], piece: int, offset: int) -> None:
+    """Where the file system has that; elsewhere as ever."""
+    run = Run(tmp_path / "file", sizes, [How.COUNT] * len(sizes), offset=offset, seed=1, hot=True)
+    with run.file.open("ab") as file:
+        file.write(b"what follows")
+    if can_drop():
+        drop([run.file])
+    before = cached([run.file])
+    assert run.read(piece, direct=True) == (sum(sizes), 0)
+    after = cached([run.file])
+    for memory, part in zip(run.memory, np.split(run.content[offset:], np.cumsum(sizes)[:-1]), strict=True):
+        assert np.array_equal(memory[MARGIN:-MARGIN].numpy(), part)
+        assert (memory[:MARGIN] == 0x5A).all()
+        assert (memory[-MARGIN:] == 0x5A).all()
+    counted = [sum(run.words[at + 8 :: SEGMENT]) for at in (0, 2)]
+    code = run.content[offset:] & 0x7F
+    assert counted == [np.count_nonzero((code > 0x77) & (code < 0x7F)), np.count_nonzero(code == 0x7F)]
+    if sum(sizes) > 1 << 22 and before == 0 and has_direct(run.file):
+        assert after is not None
+        assert after < 0.5  # of a file that plain reads leave there whole
+
+
+def has_direct(file: Path) -> bool:
+    try:
+        os.close(os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+    except OSError:
+        return False
+    return hasattr(os, "O_DIRECT")
+
+
+def test_past_the_page_cache_a_file_that_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path / "file", [3 << 20], [How.KEEP], offset=10, seed=0, hot=True)
+    os.truncate(run.file, 2_000_001)
+    if can_drop():
+        drop([run.file])
+    assert run.read(1 << 18, direct=True) == (1_999_991, -1)
+    assert np.array_equal(run.memory[0][MARGIN : MARGIN + 1_999_991].numpy(), run.content[10:2_000_001])
+
+
+def test_past_the_page_cache_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_codes(1 << 16).view(torch.float8_e4m3fn).view(256, 256)
+    save(tmp_path / "model.safetensors", {"a.weight": weight, "a.weight_scale": torch.ones(256, 1)})
+    wanted = load_state_dict(tmp_path)
+    asked: list[bool] = []
+
+    def read(*arguments: Any) -> tuple[int, int]:
+        asked.append(arguments[-1])
+        return read_segments(*arguments)
+
+    monkeypatch.setattr(runs, "read_segments", read)
+    for value, expected in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(runs.DIRECT_ENV, value)
+        got = load_state_dict(tmp_path)
+        assert all(same_bytes(got[name], wanted[name]) for name in wanted)
+        assert asked.pop() is expected
+    monkeypatch.setenv(runs.DIRECT_ENV, "yes")
+    with pytest.raises(OptionError, match="NEURON_FP8_LOADER_DIRECT=yes: expected 1"):
+        load_state_dict(tmp_path)
 
 
 def test_a_file_that_ends(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,12 +11,25 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import SEGMENT, Counts, How, read_segments
+from ..errors import OptionError
 from .pieces import Decision, Piece, Segment, WeightJob
 from .regular import failed
 
 MOST_SEGMENTS = 4096  # of a run
 _LONGEST = 16  # pieces; what Python does for a run is then some microseconds a MiB
 _RUNS = 4  # a thread, at least: the last ones are waited for
+
+
+DIRECT_ENV = "NEURON_FP8_LOADER_DIRECT"
+"""1: what is not in the page cache is read past it (O_DIRECT), and is not in it afterwards."""
+
+
+def direct_wanted() -> bool:
+    """Raises OptionError if ``NEURON_FP8_LOADER_DIRECT`` is neither 0 nor 1."""
+    given = os.environ.get(DIRECT_ENV, "") or "0"
+    if given not in ("0", "1"):
+        raise OptionError(f"{DIRECT_ENV}={given}: expected 1 (read files that are not cached past the cache) or 0")
+    return given == "1"
 
 
 def run_length(nbytes: int, threads: int, piece: int) -> int:
@@ -44,6 +58,7 @@ class NativeRuns:
     ) -> None:
         self._handles, self._tensors, self._piece, self._advance = handles, tensors, piece, advance
         self._tables: list[Table] = list(dict.fromkeys(job.table for job in weights.values()))
+        self._direct = direct_wanted()
         self._cells = [Decision()]  # of the native code's own
         self._jobs: dict[str, tuple[int, int, int]] = {}
         cells: dict[int, int] = {}
@@ -71,7 +86,9 @@ class NativeRuns:
             words.extend((first + start, end - start, first, first + tensor.nbytes, *job, 0, 0, 0, 0, 0))
         handle, done = self._handles[run.file], 0
         while done < run.nbytes:
-            now, error = read_segments(handle, run.offset, done, self._piece, words, self._tables, self._made)
+            now, error = read_segments(
+                handle, run.offset, done, self._piece, words, self._tables, self._made, self._direct
+            )
             if error:
                 raise failed(run.file, run.offset + now, error, (s.name for s in run.segments))
             self._advance(now - done)

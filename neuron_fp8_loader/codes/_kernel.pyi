@@ -85,6 +85,7 @@ def read(
     done: int,
     piece: int,
     nanoseconds: int,
+    direct: bool,
     segments: int,
     segments_size: int,
     tables: int,

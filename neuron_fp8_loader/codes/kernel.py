@@ -255,7 +255,14 @@ def reads_natively() -> bool:
 
 
 def read_segments(
-    handle: int, offset: int, done: int, piece: int, segments: array[int], tables: Sequence[Table], cells: torch.Tensor
+    handle: int,
+    offset: int,
+    done: int,
+    piece: int,
+    segments: array[int],
+    tables: Sequence[Table],
+    cells: torch.Tensor,
+    direct: bool = False,
 ) -> tuple[int, int]:
     """Read a run of a file into many places, and translate what is FP8 while it is in cache. Without the GIL.
 
@@ -268,6 +275,7 @@ def read_segments(
         tables: the tables that segments name; symmetric ones.
         cells: uint8; the first is for this function and begins as 0, the others say of each decision whether it is
             made. Threads that read at the same time share them.
+        direct: read what is not cached past the page cache, where the file system has that.
 
     Returns:
         (how many bytes are done now, 0), when all are or after some milliseconds: call again, Python having seen to
@@ -277,7 +285,7 @@ def read_segments(
     table_bytes = array("B", b"".join(table.symmetric for table in tables))
     words, count = segments.buffer_info()
     return _kernel.read(
-        active, handle, offset, done, piece, _SLICE,
+        active, handle, offset, done, piece, _SLICE, direct,
         words, count * segments.itemsize, *table_bytes.buffer_info(), *_span(cells),
     )  # fmt: skip
 

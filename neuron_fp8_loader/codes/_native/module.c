@@ -315,7 +315,7 @@ static PyMethodDef METHODS[] = {
     {"place", place, METH_VARARGS,
      "place(path, src, size, rows, columns, dst, size, stride): dst[c * stride + r] = src[r * columns + c], bytes."},
     {"read", module_read, METH_VARARGS,
-     "read(path, handle, offset, done, piece, nanoseconds, segments, size, tables, size, cells, size) -> (done, error)."},
+     "read(path, handle, offset, done, piece, nanoseconds, direct, segments, size, tables, size, cells, size) -> (done, error)."},
     {NULL, NULL, 0, NULL},
 };
 

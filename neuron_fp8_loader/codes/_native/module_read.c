@@ -25,12 +25,12 @@ static int check_segments(const fp8_segment *segments, size_t n, size_t tables, 
 PyObject *module_read(PyObject *self, PyObject *args) {
     const char *name;
     span segments, tables, cells;
-    int handle;
+    int handle, direct;
     unsigned long long offset, done, piece, nanoseconds;
     uint64_t total;
     (void)self;
-    if (!PyArg_ParseTuple(args, "siKKKKKnKnKn:read", &name, &handle, &offset, &done, &piece, &nanoseconds, &segments.at,
-                          &segments.size, &tables.at, &tables.size, &cells.at, &cells.size))
+    if (!PyArg_ParseTuple(args, "siKKKKpKnKnKn:read", &name, &handle, &offset, &done, &piece, &nanoseconds, &direct,
+                          &segments.at, &segments.size, &tables.at, &tables.size, &cells.at, &cells.size))
         return NULL;
     const size_t n = segments.size < 0 ? 0 : (size_t)segments.size / sizeof(fp8_segment);
     const size_t n_tables = tables.size < 0 ? 0 : (size_t)tables.size / FP8_CODES;
@@ -45,7 +45,7 @@ PyObject *module_read(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "read: no cell, no piece, or nothing of the file is meant");
         return NULL;
     }
-    const fp8_reader reader = {handle, offset, (size_t)piece, nanoseconds, translator(name),
+    const fp8_reader reader = {handle, offset, (size_t)piece, nanoseconds, direct, translator(name),
                                (const uint8_t *)(uintptr_t)tables.at, (uint8_t *)(uintptr_t)cells.at};
     if (!reader.translate) return NULL;
     int error;

@@ -2,6 +2,10 @@
 #include "read.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -113,6 +117,59 @@ static size_t fill(int handle, uint64_t offset, const piece *p, size_t total, in
     return total;
 }
 
+/* -- past the page cache ------------------------------------------------------------------------------------------ */
+
+/* A second descriptor, and memory as aligned as the system wants it, that every byte goes through: a copy in the core's
+ * own cache costs a small part of what the page cache costs, and tensors may lie where they like. */
+typedef struct {
+    int handle; /* -1: not open */
+    uint8_t *bounce;
+    size_t size;
+} direct;
+
+static void end_direct(direct *d) {
+    if (d->handle >= 0) close(d->handle);
+    free(d->bounce);
+    *d = (direct){-1, NULL, 0};
+}
+
+static int begin_direct(direct *d, int handle, size_t piece) {
+#ifdef O_DIRECT
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", handle); /* the same file, whatever has its name by now */
+    d->size = (size_t)up(piece, ALIGNED) + 2 * ALIGNED;
+    d->bounce = aligned_alloc(ALIGNED, d->size);
+    d->handle = d->bounce ? open(path, O_RDONLY | O_DIRECT | O_CLOEXEC) : -1;
+#else
+    (void)handle, (void)piece;
+#endif
+    if (d->handle < 0) end_direct(d);
+    return d->handle >= 0;
+}
+
+/* As fill; what cannot be had, an error and the end of the file included, is left to it. */
+static size_t fill_direct(const direct *d, uint64_t offset, const piece *p, size_t total) {
+    size_t first = 0, into = total;
+    while (first < p->count && into >= p->part[first].iov_len) into -= p->part[first++].iov_len;
+    while (total < p->bytes) {
+        const uint64_t at = offset + total, begin = down(at, ALIGNED), end = up(offset + p->bytes, ALIGNED);
+        const ssize_t got = pread(d->handle, d->bounce, (size_t)least(end - begin, d->size), (off_t)begin);
+        if (got <= (ssize_t)(at - begin)) break;
+        const uint8_t *from = d->bounce + (at - begin);
+        size_t some = (size_t)least((uint64_t)got - (at - begin), p->bytes - total);
+        total += some;
+        while (some) {
+            const size_t room = (size_t)least(p->part[first].iov_len - into, some);
+            memcpy((uint8_t *)p->part[first].iov_base + into, from, room);
+            from += room, some -= room, into += room;
+            if (into == p->part[first].iov_len) first++, into = 0;
+        }
+    }
+    return total;
+}
+
+/* -- what becomes of it ------------------------------------------------------------------------------------------- */
+
 /* Count and translate `n` bytes of a segment, from `begin` on. */
 static void settle(const fp8_reader *reader, fp8_segment *s, uint64_t begin, size_t n) {
     uint8_t *const at = (uint8_t *)(uintptr_t)(s->at + begin), *const cell = reader->cells + s->cell;
@@ -171,25 +228,33 @@ uint64_t fp8_read(const fp8_reader *reader, fp8_segment *segments, size_t n, uin
     uint64_t begin = done; /* in the first of the segments that are left */
     uint64_t ready = 0;    /* memory is backed up to here; UINT64_MAX: that cannot be had */
     system_kind kind = TELLS;
+    direct past = {-1, NULL, 0};
+    int try_direct = reader->direct;
     piece p;
     *error = 0;
     while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
     while (n) {
         const uint64_t offset = reader->offset + done;
         size_t got = 0;
-        if (kind == TELLS) {
+        if (kind == TELLS && past.handle < 0) { /* once a piece was not cached, asking might have the others read ahead */
             gather(segments, n, begin, reader->piece, &p);
             ready = make_room(&p, segments, ready, reader->cells);
             got = fill_cached(reader->handle, offset, &p, &kind);
         }
-        if (kind == TELLS_NOT || got < p.bytes) {
+        if (kind == TELLS_NOT || past.handle >= 0 || got < p.bytes) {
             gather(segments, n, begin, reader->piece * (kind == TELLS ? UNCACHED : UNKNOWN), &p);
             ready = make_room(&p, segments, ready, reader->cells);
+            if (try_direct && kind == TELLS && past.handle < 0)
+                try_direct = begin_direct(&past, reader->handle, reader->piece * UNCACHED);
+            if (past.handle >= 0) {
+                got = fill_direct(&past, offset, &p, got);
+                if (got < p.bytes) end_direct(&past), try_direct = 0;
+            }
             got = fill(reader->handle, offset, &p, got, error);
             if (got < p.bytes) {
-                if (*error != EINTR) return done + got;
-                *error = 0; /* for the caller to let Python see to the signal, and to call again */
-                return done;
+                done += *error == EINTR ? 0 : got;
+                if (*error == EINTR) *error = 0; /* the caller lets Python see to the signal, and calls again */
+                break;
             }
         }
         for (size_t i = 0; i < p.count; i++) settle(reader, segments + i, i ? 0 : begin, p.part[i].iov_len);
@@ -198,5 +263,6 @@ uint64_t fp8_read(const fp8_reader *reader, fp8_segment *segments, size_t n, uin
         while (n && begin >= segments->size) begin -= segments->size, segments++, n--;
         if (nanoseconds(CLOCK_MONOTONIC) >= stop) break;
     }
+    end_direct(&past);
     return done;
 }

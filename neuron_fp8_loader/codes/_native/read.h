@@ -31,6 +31,7 @@ typedef struct {
     uint64_t offset;           /* in the file, of the first segment */
     size_t piece;              /* bytes to read before they are translated; of what is not cached, a few times that */
     uint64_t nanoseconds;      /* return after about so long, that the caller may look after signals */
+    int direct;                /* read what is not cached past the cache, where the file system lets it */
     fp8_translate_fn translate;
     const uint8_t *tables;     /* FP8_CODES bytes each */
     uint8_t *cells;            /* cell 0 is for this function and begins as 0; in the others, one byte a decision, not
