@@ -33,6 +33,7 @@ QUANTIZATION_DTYPE = "f8e4m3"
 
 EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
 
+_NO_CONFIG = "there is no config.json that can be read here, and the stack needs the model's"
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _OTHERS = "all other layers take one scale an output row, under the flag"
 _ROWS = (
@@ -112,7 +113,9 @@ def settings_for(
     other = other_kind(plan, "nxd", _model_type(directory))
     if other is not None:
         notes.append(f"no FP8 weights: {other}")
-    heads = heads_of(config_in(directory))
+    config = config_in(directory)
+    notes += [_NO_CONFIG] if fp8 and not config else []
+    heads = heads_of(config)
     if tp_degree is not None and fp8 and heads is not None:
         notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
         if heads.pads_scales(tp_degree) and quantization_type == "per_tensor_symmetric":
@@ -191,6 +194,7 @@ def plugin_settings_for(
             )
     if any(scale.kind == "kv" for scale in plan.activation_scales):
         notes.append("the KV cache scales are read where --kv-cache-dtype fp8 asks for an FP8 cache")
+    notes += [] if config else [_NO_CONFIG]
     if not design.kept:
         notes.append("as bfloat16, weights take twice the memory that they take as FP8")
     if plan.unscaled:
