@@ -60,10 +60,10 @@ def _folded(finding: Finding) -> Table:
     from rich.text import Text
 
     made = Table.grid(padding=(0, 1))
-    made.add_column(width=8, style=_COLOURS[finding.level])
-    made.add_column(width=12)
+    made.add_column(style=_COLOURS[finding.level], no_wrap=True)
+    made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
-    made.add_row(finding.level, finding.topic, Text(printable(finding.text)))
+    made.add_row(f"{finding.level:<8}", f"{finding.topic:<12}", Text(printable(finding.text)))
     return made
 
 
