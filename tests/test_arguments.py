@@ -32,6 +32,9 @@ from neuron_fp8_loader.options import OptionKeywords
 
 Call = Callable[[Path, Any], object]
 
+GPU = ("3",) if torch.version.cuda or torch.version.hip else ()
+"""A number is a GPU's where torch was built for such, and torch says what is wrong with it."""
+
 WRONG = {
     "None": None, "3": 3, "-1": -1, "text": "x", "empty text": "", "list": [], "list of it": [object()], "dict": {},
     "object": object(), "bytes": b"x", "bool": True, "float": 2.5, "set": set(), "tensor": torch.ones(2), "type": type,
@@ -55,10 +58,10 @@ CALLS: dict[tuple[str, str], tuple[Call, tuple[str, ...]]] = {
     ("load_checkpoint", "slices"): (lambda file, value: load_checkpoint(file, slices=value), ("None", "dict", "type")),
     ("load_state_dict", "verdict"): (lambda file, value: load_state_dict(file, verdict=value), ("None",)),
     ("load_checkpoint", "verdict"): (lambda file, value: load_checkpoint(file, verdict=value), ("None",)),
-    ("load_file", "device"): (lambda file, value: load_file(file, value), ("None",)),
+    ("load_file", "device"): (lambda file, value: load_file(file, value), ("None", *GPU)),
     ("load_file", "backend"): (lambda file, value: load_file(file, backend=value), ("text", "empty text")),
     ("safe_open", "framework"): (lambda file, value: safe_open(file, value), ()),
-    ("safe_open", "device"): (lambda file, value: safe_open(file, "pt", value), ("None",)),
+    ("safe_open", "device"): (lambda file, value: safe_open(file, "pt", value), ("None", *GPU)),
     ("safe_open", "backend"): (lambda file, value: safe_open(file, backend=value), ("text", "empty text")),
     ("safe_open.get_tensor", "name"): (lambda file, value: safe_open(file).get_tensor(value), ("text", "empty text")),
     ("safe_open.get_slice", "name"): (lambda file, value: safe_open(file).get_slice(value), ("text", "empty text")),

@@ -249,7 +249,7 @@ def test_paths_that_are_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "the path is empty" in error_of("")
     assert "File name too long" in error_of("x" * 5000)
-    assert "null byte" in error_of("a\0b")
+    assert re.search("null (byte|character)", error_of("a\0b"))  # as this Python has it
     for wrong in (None, 3, ["x"]):
         with pytest.raises(OptionError, match="expected a path"):
             load_state_dict(wrong)  # type: ignore[arg-type]

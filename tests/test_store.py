@@ -420,6 +420,21 @@ def test_a_url_for_one_request_keeps_its_secret() -> None:
     assert "secret" not in text
 
 
+def test_a_metadata_service_that_refuses_is_not_s3(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore
+
+    def refuse(*_: object) -> None:
+        raise obstore.exceptions.GenericError(
+            "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1ms - "
+            "Server returned non-2xx status code: 403 Forbidden"
+        )
+
+    monkeypatch.setattr(obstore, "list_with_delimiter", refuse)
+    assert "s3://models/m: no AWS credentials were found (Generic S3 error: Error performing PUT" in error_of(
+        "s3://models/m"
+    )
+
+
 def test_credentials_that_are_missing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     assert "no AWS credentials were found (Generic S3 error: Missing AccessKeyId" in error_of("s3://models/m")

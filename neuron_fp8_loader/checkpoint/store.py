@@ -31,6 +31,7 @@ _OWN_WAYS = (
     "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )  # fmt: skip
+_METADATA = "://169.254."
 _KEYS = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
@@ -119,7 +120,9 @@ class ObjectStore:
                 raise CheckpointError(f"{where}: there is no bucket {self._root.partition('//')[2]!r}") from error
             if isinstance(error, FileNotFoundError):
                 raise
-            if isinstance(error, exceptions.PermissionDeniedError) or re.search(r"status code: 40[13]", text):
+            # of an instance without a role, or where something stands before it, the metadata service refuses, not S3
+            denied = isinstance(error, exceptions.PermissionDeniedError) or re.search(r"status code: 40[13]", text)
+            if denied and _METADATA not in text:
                 raise PermissionError(f"{where}: {self._refused(code[1] if code else '')}") from error
             if code and "Expired" in code[1]:
                 raise CheckpointError(f"{where}: the credentials have expired ({code[1]}); renew them") from error
@@ -234,7 +237,7 @@ def _reason(text: str) -> str:
     flat = " ".join(lines.split())
     if "configured region" in flat or "PermanentRedirect" in flat or "AuthorizationHeaderMalformed" in flat:
         return f"the bucket lies in another region: set AWS_REGION to its own ({flat[:300]})"
-    if "169.254." in flat or re.search(r"credential|Missing (AccessKeyId|SecretAccessKey)", flat):
+    if _METADATA in flat or re.search(r"credential|Missing (AccessKeyId|SecretAccessKey)", flat):
         return _no_credentials(flat[:300])
     if "range" in flat.lower() and ("NotPartial" in text or "not supported" in flat.lower() or "non-partial" in flat):
         return f"the server does not answer requests for ranges ({flat[:200]}); download the file"

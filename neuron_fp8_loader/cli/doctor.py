@@ -11,7 +11,11 @@ from ..errors import printable
 from .console import FINDING, Command, console, json_option, print_json, say
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..tools.doctor import Finding
+
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @click.command(cls=Command)
@@ -38,21 +42,29 @@ def doctor(ctx: click.Context, device: bool, as_json: bool) -> None:
     if as_json:
         print_json("doctor", {"ok": not _problems(findings), "findings": [asdict(f) for f in findings]})
     else:
-        from rich.text import Text
-
         out = console()
-        colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
         for finding in findings:
-            level = f"{finding.level:<8}"
             if out.is_terminal:
-                text = f" {finding.topic:<12} {printable(finding.text)}"
-                out.print(Text.assemble((level, colours[finding.level]), text))
+                out.print(_folded(finding))
             else:
-                say(out, f"{level} {finding.topic:<12} {finding.text}")
-            if finding.todo:
+                say(out, f"{finding.level:<8} {finding.topic:<12} {finding.text}")
+            if finding.todo:  # in one piece, to be copied
                 say(out, f"{'':<8} {'':<12} -> {finding.todo}")
     if _problems(findings):
         ctx.exit(FINDING)
+
+
+def _folded(finding: Finding) -> Table:
+    """For a terminal: a long text goes on below itself."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table.grid(padding=(0, 1))
+    made.add_column(style=_COLOURS[finding.level], no_wrap=True)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    made.add_row(f"{finding.level:<8}", f"{finding.topic:<12}", Text(printable(finding.text)))
+    return made
 
 
 def _problems(findings: list[Finding]) -> int:

@@ -61,11 +61,12 @@ def export(ckpt: str, out: str, dry_run: bool, threads: int | None, as_json: boo
 
 def _conclude(made: Export, ckpt: str, out: str, load: Mapping[str, Any]) -> None:
     """What was done, and what to do with it."""
-    done = [f"{made.rescaled} of {len(made.recipe.plan.pairs)} FP8 weights rescaled ({made.options.method})"]
-    for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized")):
-        count = sum(step.action == action for step in made.recipe.weights)
-        done += [f"{count} {what}"] if count else []
-    echo(f"done: {', '.join(done if made.rescaled or len(done) == 1 else done[1:])}")
+    done = [(made.rescaled, f"rescaled ({made.options.method})")]
+    for action, what in (("requantize", "requantized from blocks to rows"), ("dequantize", "dequantized to bfloat16")):
+        done.append((sum(step.action == action for step in made.recipe.weights), what))
+    (first, what), *rest = [entry for entry in done if entry[0]] or done[:1]
+    more = "".join(f", {count} {also}" for count, also in rest)
+    echo(f"done: {first} of {len(made.recipe.plan.fp8_weights)} FP8 weights {what}{more}")
     echo(f"check it: neuron-fp8 verify {shell(out)} --against {shell(ckpt)}")
     echo(_use(made, load))
 
@@ -85,6 +86,10 @@ def _use(made: Export, load: Mapping[str, Any]) -> str:
     if load.get("layout") == "keep":
         return "use it as the original: names and shapes are the same, and the flag still brings them into the stack's"
     return "use it with fp8_rescale, as the original: without, NxD Inference leaves the scales of experts behind"
+
+
+def _files(count: int) -> str:
+    return f"{count} other file{'' if count == 1 else 's'}"
 
 
 def as_data(ckpt: str, made: Export, *, dry_run: bool, resumed: int, already: bool) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _announce(made: Export, finished: bool) -> None:
         return
     shards = len(made.checkpoint.files)
     lines = [
-        ("to write", f"{shards - len(made.done)} of {shards} shards and {len(made.others)} other files to {made.out}"),
+        ("to write", f"{shards - len(made.done)} of {shards} shards and {_files(len(made.others))} to {made.out}"),
         ("disk", f"{size(made.needed)} needed, {size(made.free)} free"),
     ]
     if made.done:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..plan import Pair, Plan
     from ..tools.others import Other
-    from ..tools.scan import Scan, WeightCodes
+    from ..tools.scan import Scan
     from ..tools.stacks import Aim
 
 
@@ -264,7 +264,11 @@ def _show_codes(out: Console, found: Scan, top: int) -> None:
     ]
     say(out, "", "Neuron (trn1, inf2, trn2) would read", facts(lines))
     if worst and top:
-        rows = [(_name(w), str(w.above), percent(w.above, w.numel), str(w.as_inf), str(w.as_nan)) for w in worst[:top]]
+        modules = {pair.weight: pair.module for pair in found.plan.pairs}
+        rows = [
+            (modules.get(w.name, w.name), str(w.above), percent(w.above, w.numel), str(w.as_inf), str(w.as_nan))
+            for w in worst[:top]
+        ]
         heading = "worst modules" if len(worst) <= top else f"worst {top} of {len(worst)} modules"
         say(out, "", table([heading, ">above 240", ">share", ">inf", ">nan"], rows))
 
@@ -285,13 +289,18 @@ def _load(found: Scan) -> list[tuple[str, str]]:
     if found.requantized:
         count = sum(found.weights[name].numel for name in found.requantized)
         what = f"{len(found.requantized)} of {weights} weights from block scales to row scales"
-        lines.append(("requantize", f"{what}; at most all of their {count} codes would be rounded once more"))
+        lines.append(("requantize", f"{what}; at most {count} codes would be rounded once more"))
     if found.dequantized:
         lines.append(("dequantize", f"{len(found.dequantized)} of {weights} weights, to bfloat16"))
     if not lines:
         return [("rescale", "nothing: all fits already")]
     activations = found.plan.activation_scales
-    if activations and found.verdict.any and found.recipe.what.activation_scales == "rescale":
+    if (
+        activations
+        and len(found.dequantized) < weights
+        and found.verdict.any
+        and found.recipe.what.activation_scales == "rescale"
+    ):
         lines.append(("", f"{len(activations)} static activation and KV scales with them"))
     return [*lines, ("predicted", _predicted(found))]
 
@@ -302,10 +311,6 @@ def _predicted(found: Scan) -> str:
     least = found.least
     worst = f"; least {least[1]:.1f} dB, {least[0]}" if least else ""
     return f"SQNR {found.sqnr_db:.1f} dB{worst} (measure it: neuron-fp8 verify)"
-
-
-def _name(weight: WeightCodes) -> str:
-    return weight.name.removesuffix(".weight")
 
 
 def _some(names: list[str], most: int = 6) -> str:

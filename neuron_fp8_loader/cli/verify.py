@@ -121,6 +121,9 @@ def _show(out: Console, result: Verification, top: int, nothing: str) -> None:
         if result.against
         else f"{result.source}, loaded for {STACKS[result.stack]}"
     )
+    if nothing and result.ok:
+        say(out, f"{what}: nothing to verify: no FP8 weights; {nothing}")
+        return
     lines = [
         ("checked", f"{what}: {count} FP8 weights, {result.numel} values; {result.identical} other tensors"),
         ("factor", "; ".join(f"{_factor(f)}: {n} weights" for f, n in result.factors.items()) or "-"),
@@ -142,9 +145,7 @@ def _show(out: Console, result: Verification, top: int, nothing: str) -> None:
         rows = [(weight.name, weight.problem) for weight in bad[:top]]
         heading = "weight" if len(bad) <= top else f"{top} of {len(bad)} weights"
         say(out, "", table([heading, "problem"], rows))
-    if nothing and result.ok:
-        verdict = f"nothing to verify: no FP8 weights; {nothing}"
-    elif result.ok:
+    if result.ok:
         rounding = "" if result.sqnr_db == math.inf else f", to one rounding ({_db(result.sqnr_db)} over all)"
         verdict = f"fine: every value is what it was{rounding}, and Neuron can read all of them"
     else:

@@ -45,9 +45,10 @@ def other_kind(plan: Plan, stack: str, model_type: str | None = None) -> Other |
     if plan.fp8_weights:
         return None
     stack_name = "the vLLM Neuron plugin" if stack == "vllm-neuron" else "NxD Inference"
+    flag = "fp8_rescale" if stack == "nxd" else "the flag"
     name = _name(plan)
     if name == "MXFP4" and model_type == "gpt_oss":
-        return Other(name, True, f"{stack_name} loads GPT-OSS by itself, without fp8_rescale")
+        return Other(name, True, f"{stack_name} loads GPT-OSS by itself, without {flag}")
     if name == "int8" and stack == "nxd":
         return Other(
             name,
@@ -57,9 +58,7 @@ def other_kind(plan: Plan, stack: str, model_type: str | None = None) -> Other |
         )
     if name == "plain":
         dtypes = sorted({plan.tensors[n].dtype for n in plan.tensors} & _PLAIN)
-        return Other(
-            f"not quantized ({', '.join(dtypes)})", True, f"{stack_name} loads it as it is, without fp8_rescale"
-        )
+        return Other(f"not quantized ({', '.join(dtypes)})", True, f"{stack_name} loads it as it is, without {flag}")
     if name == "unknown":
         what = f"declared as {plan.declared.method}" if plan.declared.method else "of a kind that is not known"
         return Other(f"no FP8 weights, {what}", None, f"whether {stack_name} loads it cannot be told from here")

@@ -31,6 +31,7 @@ ENVIRONMENT = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 QUANTIZATION_DTYPE = "f8e4m3"
 """The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
 
+_NO_CONFIG = "there is no config.json that can be read here, and the stack needs the model's"
 _PADDED = (
     "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
     "scale of one value"
@@ -100,9 +101,9 @@ def settings_for(
     other = other_kind(plan, "nxd", _model_type(directory))
     if other is not None:
         notes.append(f"no FP8 weights: {other}")
-    if fp8 and not (directory / "config.json").is_file():
-        notes.append("there is no config.json beside it, from which NxD Inference takes the model's type and sizes")
-    heads = heads_of(config_in(directory))
+    config = config_in(directory)
+    notes += [_NO_CONFIG] if fp8 and not config else []
+    heads = heads_of(config)
     if tp_degree is not None and fp8 and heads is not None:
         notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
         if heads.pads_scales(tp_degree) and quantization_type == "per_tensor_symmetric":
@@ -183,6 +184,7 @@ def plugin_settings_for(
             )
     if any(scale.kind == "kv" for scale in plan.activation_scales):
         notes.append("the KV cache scales are read where --kv-cache-dtype fp8 asks for an FP8 cache")
+    notes += [] if config else [_NO_CONFIG]
     if not design.kept:
         notes.append("as bfloat16, weights take twice the memory that they take as FP8")
     if plan.unscaled:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from neuron_fp8_loader import kernel
+from neuron_fp8_loader.cli.doctor import _folded
 from neuron_fp8_loader.tools import device, doctor, stack
-from neuron_fp8_loader.tools.doctor import NEURON_PACKAGES
+from neuron_fp8_loader.tools.doctor import NEURON_PACKAGES, Finding
 from tests.cli.helpers import run, run_json
 from tests.support import ieee_e4m3
 
@@ -295,3 +297,13 @@ def test_how_the_device_is_called(monkeypatch: pytest.MonkeyPatch, native: bool)
 
 def _to(real):
     return lambda self, *a, **k: self if a == ("neuron",) else real(self, *a, **k)
+
+
+def test_on_a_terminal_a_long_finding_goes_on_below_itself() -> None:
+    narrow = Console(width=60, force_terminal=True, no_color=True)
+    with narrow.capture() as captured:
+        narrow.print(_folded(Finding("kernel", "note", "word [bold] " * 20, "")))
+    first, *more = captured.get().splitlines()
+    assert first.startswith("note     kernel       word [bold] ")
+    assert len(more) > 3
+    assert all(line.startswith(" " * 22 + "word") or line.startswith(" " * 22 + "[bold]") for line in more)

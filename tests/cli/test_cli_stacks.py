@@ -114,7 +114,7 @@ def test_a_copy_for_nxd_is_what_the_flag_gives(tmp_path: Path, name: str) -> Non
 def test_a_copy_for_the_plugin_is_plain_bfloat16(tmp_path: Path, name: str) -> None:
     path, out = shared(name), tmp_path / "out"
     options = ()
-    if "stays FP8" in run("inspect", path, "--headers-only", "--for", "vllm-neuron").stdout:
+    if "kept FP8" in run("inspect", path, "--headers-only", "--for", "vllm-neuron").stdout:
         text = one_line(run("export", path, out, "--for", "vllm-neuron"))
         assert "--quantization neuron_fp8" in text
         options = ("--dequantize", "*")

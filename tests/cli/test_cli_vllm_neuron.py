@@ -17,7 +17,7 @@ from tests.support import TINY, shared
 @pytest.mark.parametrize(
     ("name", "platform", "kept", "words"),
     [
-        ("modelopt_fp8_kv", "trn2", True, "stays FP8 in the plugin's static layers, rescaled by half"),
+        ("modelopt_fp8_kv", "trn2", True, "kept FP8 in the plugin's static layers, rescaled by half"),
         ("modelopt_fp8_kv", "trn3", True, "trn3 reads e4m3fn as it is"),
         ("hf_fp8_block", "trn2", False, "self_attn.q_proj has one scale per block 128x128"),
         ("ct_fp8_dynamic_moe", "trn3", False, "no static FP8 layers for Qwen3MoeForCausalLM"),
@@ -48,6 +48,17 @@ def test_config_with_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("config", shared("modelopt_fp8_kv"), "--for", "vllm-neuron", "--method", "ratio").stdout
     assert text.splitlines()[1].startswith("NEURON_FP8_LOADER=ratio vllm serve ")
     assert "rescaled by ratio" in text
+
+
+@pytest.mark.parametrize("stack", ["nxd", "vllm-neuron"])
+def test_config_without_the_models_config(tmp_path: Path, stack: str) -> None:
+    def notes() -> str:
+        return str(run_json("config", tmp_path, "--for", stack)["notes"])
+
+    (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    assert "no config.json" in notes()
+    (tmp_path / "config.json").symlink_to(TINY / "config.json")
+    assert "no config.json" not in notes()
 
 
 def test_config_without_fp8(tmp_path: Path) -> None:

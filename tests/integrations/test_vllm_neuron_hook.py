@@ -125,7 +125,7 @@ def test_one_line_says_what_happens(plugin: Plugin, tmp_path: Path, caplog: pyte
     for rank in (0, 1):
         plugin.load(path, quantization="neuron_fp8", rank=rank, tp=2)
     lines = [r.getMessage() for r in caplog.records if r.name == "vllm.neuron_fp8_loader"]
-    said = f"neuron_fp8_loader: {path}: stays FP8 in the plugin's static layers, rescaled by half"
+    said = f"neuron_fp8_loader: {path}: kept FP8 in the plugin's static layers, rescaled by half"
     assert lines == [said, f"neuron_fp8_loader: {path}: 7 FP8 weights: 7 as FP8, rescaled by half", said]
 
 

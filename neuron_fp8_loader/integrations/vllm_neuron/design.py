@@ -71,8 +71,8 @@ def design_for(
     if reason:
         return Design(False, f"read as bfloat16, value x scale ({reason})")
     if not needs_rescale(platform):
-        return Design(True, f"stays FP8 in the plugin's static layers; {platform} reads e4m3fn as it is")
-    return Design(True, f"stays FP8 in the plugin's static layers, rescaled by {options.method}")
+        return Design(True, f"kept FP8 in the plugin's static layers; {platform} reads e4m3fn as it is")
+    return Design(True, f"kept FP8 in the plugin's static layers, rescaled by {options.method}")
 
 
 def _not_static(plan: Plan) -> str:
