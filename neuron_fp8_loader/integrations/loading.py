@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,8 @@ def _quantizes_itself(model: type, neuron_config: Any) -> bool:
     """As ``quantizes_itself``, but for models around whose conversion experts can be put, and whose layers take one
     scale for all experts only if they are asked to."""
     form = takes(model)
-    around = form is not None and form.block and quantization_type(neuron_config) != "per_tensor_symmetric"
+    one_for_all = quantization_type(neuron_config) == "per_tensor_symmetric"
+    around = form is not None and form.block and not (form.stacked and one_for_all)
     return not around and quantizes_itself(model)
 
 
@@ -241,13 +242,33 @@ def checkpoint_loader_fn(original: Callable[..., Any], self: Any, *args: Any, **
     token = _application.set(self)
     try:
         session = _session_for(self.config, type(self))
-        with _within(session), standing_in(self.config.neuron_config if session is not None else None):
+        off = session is None
+        with (
+            _within(session),
+            standing_in(None if off else self.config.neuron_config),
+            nullcontext() if off else _reading_through(self),
+        ):
             state_dict = original(self, *args, **kwargs)
     finally:
         _application.reset(token)
     if session is not None and not all(_inherits(kind, "get_state_dict") for kind in _applications(self)):
         _check(state_dict, str(getattr(self, "model_path", type(self).__name__)), session)
     return state_dict
+
+
+@contextmanager
+def _reading_through(app: Any) -> Iterator[None]:
+    """NxD Inference's own ``get_state_dict`` for an application whose class reads past it (``Takes.reads``)."""
+    form = takes(type(app))
+    if form is None or not form.reads:
+        yield
+        return
+    base = next(base for base in type(app).__mro__ if base.__name__ == "NeuronApplicationBase")
+    app.get_state_dict = vars(base)["get_state_dict"].__get__(None, type(app))
+    try:
+        yield
+    finally:
+        del app.get_state_dict
 
 
 def _applications(app: Any) -> list[type]:

@@ -75,12 +75,15 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
     A class that makes its own quantized weights has a list of its own, and would not set it over one filled in.
     """
     options_given = parse(getattr(neuron_config, FLAG, None)) is not None
-    if options_given and quantizes_itself(type(self)) and acts():
+    form = takes(type(self))
+    # MiniMax-M2 speaks of scales that a script made, and has no list
+    own = quantizes_itself(type(self)) and (form is None or form.stacked)
+    if options_given and own and acts():
         neuron_config_list = getattr(neuron_config, LIST, None)
         if neuron_config_list and neuron_config_list == _filled(neuron_config):
             setattr(neuron_config, LIST, None)
     original(self, neuron_config, *args, **kw)
-    form, given = takes(type(self)), getattr(neuron_config, LIST, None)
+    given = getattr(neuron_config, LIST, None)
     if options_given and form is not None and form.block and given:
         entries = [*given, *_experts_in(form.block, given)]
         setattr(neuron_config, LIST, list(dict.fromkeys(entries)))

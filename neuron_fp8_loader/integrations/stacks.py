@@ -27,12 +27,14 @@ class Takes:
         stacked: ``experts.gate_up_proj`` [experts, in, out] and ``experts.down_proj``, or each expert by itself,
             ``experts.N.gate_proj.weight`` [out, in] and so on?
         gate, up, down: what each expert's projections are called.
-        block: the path of NxD's MoE module in a layer, for models whose conversion would quantize or transpose
-            experts by itself and does not miss those that it does not see: they are put into that module's names
-            around it.
+        block: the path of NxD's MoE module in a layer where it is not ``mlp``, for models that would make scales of
+            experts by themselves. A conversion that takes stacks would quantize or transpose them, and does not miss
+            those that it does not see: they are put into that module's names around it.
         flat: does the model have the experts of a layer in three matrices ``experts.mlp.{gate, up, down}``, one expert
             below another, each [out, in] but for ``down``, which is [in, out]?
         count: for such, where the model's configuration says how many experts there are.
+        reads: does the application's ``get_state_dict`` read safetensors past NxD Inference's functions, and is it
+            otherwise as NxD Inference's own, which is then called instead?
     """
 
     stacked: bool
@@ -42,6 +44,7 @@ class Takes:
     block: str = ""
     flat: bool = False
     count: str = ""
+    reads: bool = False
 
     def experts(self, config: Any) -> int:
         """How many experts are in a flat matrix; 0 where they are not flat."""
@@ -56,6 +59,7 @@ FAMILIES = {
     "deepseek": Takes(stacked=False),
     "glm5": Takes(stacked=True, block="feed_forward.moe"),
     "qwen35": Takes(stacked=True, block="mlp.moe"),
+    "minimax_m2": Takes(stacked=False, gate="w1", up="w3", down="w2", block="block_sparse_moe", reads=True),
 }
 """By a part of the path of the Python module that holds the model. A family that is not here gets its experts as they
 lie on disk; to have it served with both forms, add a line."""

@@ -15,7 +15,13 @@ MODELS = {  # family: (directory, module, application class)
     "glm_moe_dsa": ("GLM-5.2", "modeling_glm5", "NeuronGLM5ForCausalLM"),
     "qwen3_5_moe": ("Qwen3.5-35B-A3B", "modeling_qwen35", "NeuronQwen35ForCausalLM"),
     "mixtral_contrib": ("Mixtral-8x7B-Instruct-v0.1", "modeling_mixtral", "NeuronMixtralForCausalLM"),
+    "minimax_m2": ("MINIMAX_SRC", "modeling_minimax_m2", "NeuronMiniMaxM2ForCausalLM"),  # of a fork: see ``there``
 }
+
+
+def there(family: str) -> bool:
+    """Is its source here? MINIMAX_SRC names the folder of the port that holds modeling_minimax_m2.py."""
+    return family != "minimax_m2" or bool(os.environ.get("MINIMAX_SRC"))
 
 
 @functools.cache
@@ -28,7 +34,11 @@ def application(family: str) -> type:
     if "src" not in sys.modules:
         package = types.ModuleType("src")
         root = Path(os.environ["NXDI_SRC"]) / "contrib" / "models"
-        package.__path__ = [str(root / directory / "src") for directory, _, _ in MODELS.values()]
+        package.__path__ = [
+            os.environ[name] if name.endswith("_SRC") else str(root / name / "src")
+            for family, (name, _, _) in MODELS.items()
+            if there(family)
+        ]
         sys.modules["src"] = package
     _, module, name = MODELS[family]
     base = getattr(importlib.import_module(f"src.{module}"), name)

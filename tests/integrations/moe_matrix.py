@@ -1,6 +1,6 @@
 """Prints the table of docs/models.md, from a run of the real NxD Inference on a CPU.
 
-    NXD_SRC=... NXDI_SRC=... python -W ignore -m tests.integrations.moe_matrix [TP [FAMILY ...]]
+    NXD_SRC=... NXDI_SRC=... MINIMAX_SRC=... python -W ignore -m tests.integrations.moe_matrix [TP [FAMILY ...]]
 
 Each cell is a checkpoint that is made, loaded under the flag, sharded, and held row by row against its float32 twin.
 """
@@ -39,6 +39,9 @@ ROWS = [
     ("qwen3_5_moe", "block", False),
     ("mixtral_contrib", "channel", False),
     ("mixtral_contrib", "block", False),
+    ("minimax_m2", "channel", False),
+    ("minimax_m2", "tensor", False),
+    ("minimax_m2", "block", False),
 ]
 FORMS = {"channel": "a row", "tensor": "a matrix", "block": "128x128", "mx": "MX 1x32"}
 

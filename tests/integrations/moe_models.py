@@ -147,6 +147,33 @@ def qwen3_5_moe() -> Model:
     return model
 
 
+def minimax_m2() -> Model:
+    """Attention with norms of all heads at once; a bias of the router beside it."""
+    config = {
+        **_COMMON,
+        "model_type": "minimax_m2",
+        "num_hidden_layers": LAYERS,
+        "head_dim": HEAD,
+        "use_qk_norm": True,
+    }
+    config |= {"intermediate_size": INTER, "num_local_experts": EXPERTS, "rotary_dim": HEAD // 2}
+    config |= {"num_key_value_heads": HEADS // 2, "scoring_func": "sigmoid", "use_routing_bias": True}
+    model, wide = Model(config), HEADS * HEAD
+    model.around("model")
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        model.norms(at)
+        sizes = {"q_proj": (wide, HIDDEN), "k_proj": (wide // 2, HIDDEN), "v_proj": (wide // 2, HIDDEN)}
+        model.matrices |= {f"{at}.self_attn.{n}": size for n, size in (sizes | {"o_proj": (HIDDEN, wide)}).items()}
+        model.plain |= {f"{at}.self_attn.q_norm.weight": (wide,), f"{at}.self_attn.k_norm.weight": (wide // 2,)}
+        block = f"{at}.block_sparse_moe"
+        for expert in range(EXPERTS):
+            names = zip(("w1", "w3", "w2"), _MLP, strict=True)
+            model.matrices |= {f"{block}.experts.{expert}.{n}": size for n, (_, *size) in names}
+        model.plain |= {f"{block}.gate.weight": (EXPERTS, HIDDEN), f"{block}.e_score_correction_bias": (EXPERTS,)}
+    return model
+
+
 def dbrx() -> Model:
     """Experts [experts x inter, hidden] in three parameters, w2 input before output; queries, keys, values in one."""
     ffn = {"ffn_hidden_size": INTER, "moe_num_experts": EXPERTS, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}
@@ -175,4 +202,4 @@ def dbrx() -> Model:
     return model
 
 
-MODELS = {f.__name__: f for f in (deepseek_v3, glm_moe_dsa, qwen3_5_moe, dbrx)}
+MODELS = {f.__name__: f for f in (deepseek_v3, glm_moe_dsa, qwen3_5_moe, minimax_m2, dbrx)}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError, WeightError
+from tests.integrations import contributed
 from tests.integrations.real_cases import FP8
 from tests.integrations.real_moe import (
     HALVED,
@@ -45,11 +46,22 @@ FP8_OF: dict[str, list[set[str]]] = {  # the modules of each layer that come as 
     ],
     "glm_moe_dsa": [set(), fused("feed_forward.moe")],
     "qwen3_5_moe": [_LINEAR | _SHARED | fused("mlp.moe"), _FULL | _SHARED | fused("mlp.moe")] * 2,
+    "minimax_m2": [
+        {"self_attn.o_proj.o_proj", *(f"self_attn.qkv_proj.{n}_proj" for n in "qkv")} | fused("block_sparse_moe"),
+    ]
+    * 2,
     "mixtral_contrib": [
         {"self_attn.o_proj.o_proj", *(f"self_attn.qkv_proj.{n}_proj" for n in "qkv")} | fused("mlp"),
     ]
     * 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _there(request: pytest.FixtureRequest) -> None:
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not contributed.there(params.get("family", "")):
+        pytest.skip("MINIMAX_SRC is not set")
 
 
 def check(family: str, ranks: Ranks, twins: Ranks, *, experts: float, others: float) -> None:
@@ -80,6 +92,9 @@ ROWS = [
     ("qwen3_5_moe", "block", "expert_wise", 2),
     ("qwen3_5_moe", "block", "blockwise", 4),
     ("qwen3_5_moe", "channel", "expert_wise", 1),
+    ("minimax_m2", "block", "expert_wise", 4),
+    ("minimax_m2", "block", "blockwise", 2),
+    ("minimax_m2", "channel", "expert_wise", 1),
     ("mixtral_contrib", "channel", "expert_wise", 2),
     ("mixtral_contrib", "block", "blockwise", 1),
 ]
@@ -131,17 +146,18 @@ def test_the_comparison_sees_one_scale_in_the_place_of_another(family: str) -> N
         check(family, ranks, twins, experts=HALVED, others=REQUANTIZED)
 
 
-def test_qwen3_5_with_its_attention_fused() -> None:
-    fp8, plain = checkpoint("qwen3_5_moe", "block")
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "minimax_m2"])
+def test_with_attention_fused(family: str) -> None:
+    fp8, plain = checkpoint(family, "block")
     more = {"fused_qkv": True}
-    ranks = shards("qwen3_5_moe", fp8, 2, **TYPES["expert_wise"], **more)
+    ranks = shards(family, fp8, 2, **TYPES["expert_wise"], **more)
     off = {"quantized": False, "torch_dtype": "float32", "fp8_rescale": False}
-    found = worst(ranks, shards("qwen3_5_moe", plain, 2, **off, **more))
+    found = worst(ranks, shards(family, plain, 2, **off, **more))
     assert "layers.1.self_attn.qkv_proj.Wqkv.weight" in found
     assert min(found.values()) > REQUANTIZED
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm_moe_dsa", "dbrx", "qwen3_moe", "llama4"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm_moe_dsa", "dbrx", "qwen3_moe", "llama4", "minimax_m2"])
 def test_experts_as_bfloat16(family: str) -> None:
     """The list names paths that hang on the model: ``mlp.moe``, ``layers`` for ``blocks``. GLM's own list leaves its
     experts out, and a list of single modules misses those of a fused kernel: the error says what to set."""
@@ -171,11 +187,11 @@ def test_experts_as_bfloat16(family: str) -> None:
         assert any(t.dtype == FP8 for t in rank.values()) == (family != "glm_moe_dsa")
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa", "minimax_m2"])
 def test_a_model_that_dequantizes_by_itself(family: str) -> None:
-    """DeepSeek with quantized=False, as bfloat16; GLM, which quantizes anew with one scale for all experts."""
+    """DeepSeek and MiniMax with quantized=False, as bfloat16; GLM quantizes anew, one scale for all experts."""
     fp8, plain = checkpoint(family, "block")
-    if family == "deepseek_v3":
+    if family != "glm_moe_dsa":
         ranks = shards(family, fp8, 2, quantized=False)
         for rank, other in zip(ranks, twin(family, plain, 2), strict=True):
             for name, tensor in other.items():
@@ -210,6 +226,8 @@ REFUSED: list[tuple[str, str, dict[str, Any], type[Exception], str]] = [
     ("dbrx", "tensor", {"quantized": False}, WeightError, "quantized=True.*dequantize"),
     ("qwen3_5_moe", "block", {"quantized": False}, WeightError, "quantized=True.*dequantize"),
     ("qwen3_5_moe", "channel", TYPES["blockwise"], OptionError, "expert_wise_per_channel_symmetric"),
+    ("minimax_m2", "channel", TYPES["blockwise"], OptionError, "expert_wise_per_channel_symmetric"),
+    ("minimax_m2", "tensor", TYPES["per_tensor"], OptionError, r"different scales.*expert_wise_per_channel_symmetric"),
     ("deepseek_v3", "channel", TYPES["blockwise"], OptionError, "expert_wise_per_channel_symmetric"),
     (
         "deepseek_v3",

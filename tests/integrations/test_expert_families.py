@@ -104,6 +104,39 @@ def test_experts_as_bfloat16_are_put_around_it_too(enabled: Standin, tmp_path: P
     assert "layers.1.mlp.moe.expert_mlps.mlp_op.down_proj.scale" not in loaded
 
 
+def test_a_class_that_reads_by_itself_and_makes_scales(enabled: Standin, tmp_path: Path) -> None:
+    """MiniMax-M2: its own reading is passed by, in this load alone, and a list that it does not have is kept."""
+    tensors, exact = checkpoint("block")
+    path = write(tmp_path, tensors)
+    body = {"__module__": "contrib.modeling_minimax_m2"}
+
+    def read(cls: type, path: str, config: Any) -> Tensors:
+        return {"read": torch.ones(1)}
+
+    def stack(state_dict: Tensors, config: Any) -> Tensors:
+        for layer in range(LAYERS):
+            at = f"layers.{layer}.mlp"
+            own = {
+                n: [state_dict.pop(f"{at}.experts.{e}.{n}_proj.weight").view(torch.uint8).T for e in range(EXPERTS)]
+                for n in ("gate", "up", "down")
+            }
+            both = torch.stack([torch.cat(pair, dim=1) for pair in zip(own["gate"], own["up"], strict=True)])
+            place = f"layers.{layer}.block_sparse_moe.expert_mlps.mlp_op"
+            state_dict[f"{place}.gate_up_proj.weight"] = both.view(torch.float8_e4m3fn)
+            state_dict[f"{place}.down_proj.weight"] = torch.stack(own["down"]).view(torch.float8_e4m3fn)
+        return state_dict
+
+    convert = {"get_state_dict": classmethod(read), "convert_hf_to_neuron_state_dict": staticmethod(stack)}
+    app = type("App", (enabled.application.NeuronApplicationBase,), body | convert)
+    loader = app(path, config_for(enabled, path, **EXPERT_WISE))
+    loaded = loader.checkpoint_loader_fn()
+    assert "read" not in loaded
+    for name, want, got in pairs(loaded, exact, place="block_sparse_moe"):
+        assert all(sqnr(w, g) > 25 for w, g in zip(want, got, strict=True)), name
+    assert "read" in loader.get_state_dict(path, loader.config)
+    assert "read" in app(path, config_for(enabled, path, fp8_rescale=False)).checkpoint_loader_fn()
+
+
 def flat(covers: str, end: str = "") -> tuple[Tensors, dict[str, np.ndarray]]:
     """DBRX: (tensors, float64 [experts, in, out] of w1, v1, w2), scales of a matrix, an expert or a row."""
     rng, tensors, exact = np.random.default_rng(1), {}, {}
