@@ -33,7 +33,8 @@ _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, 
 class Fidelity(NamedTuple):
     """What a requantization changed: sums of squares over finite weights, in the checkpoint's own values.
 
-    Native code adds up what it chose by, to some thousandths (less than 0.01 dB).
+    Native code adds up what it chose by: to some thousandths, less than 0.01 dB. Of weights that hold few different
+    codes, and whose noise is less than 1e-5 of the signal, it is less exact (0.2 dB at 94 dB); the choice is not.
     """
 
     signal: float = 0.0
