@@ -95,7 +95,7 @@ print(json.dumps({
     assert 0.9 * size < found["loaded"] < 1.25 * size, found
     assert 0.9 * size < found["to rows"] < 1.25 * size, found
     assert found["copied"] < 1.25 * size, found
-    assert found["in place"] < 2 * MIB, found
+    assert found["in place"] < 3 * MIB, found  # a weight is 4 MiB
     assert found["scanned"] < 10 * MIB, found
 
 
