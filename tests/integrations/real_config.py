@@ -162,6 +162,10 @@ def test_what_is_refused_does_not_load(
 @pytest.mark.parametrize("row", [row for row in ROWS if row[0] in ("qwen3_moe", "mixtral", "dbrx")])
 def test_inference_demo_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row: Row) -> None:
     """Its printed command is run, up to the NeuronConfig that it makes."""
+    from neuronx_distributed.parallel_layers import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():  # a load that failed leaves it so
+        parallel_state.destroy_model_parallel()
     from neuronx_distributed_inference import inference_demo as demo
 
     path, _ = checkpoint(*row)
