@@ -41,23 +41,18 @@ demo: $(VENV)/.package
 	@echo "Your own checkpoint, a directory or a .safetensors file:"
 	@echo "  $(BIN)/neuron-fp8 inspect PATH"
 
-# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, those on the
-# slower paths beside it, whose output comes after
+# what the kernel makes is tested on each of its paths, the rest once: the whole suite runs on the fastest, last;
+# the slower paths before it, side by side
 test: $(VENV)/.test
-	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; logs=$$(mktemp -d); failed=0; \
-	for path in "$$@"; do \
-		( NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path -p no:cacheprovider \
-			>$$logs/$$path 2>&1; echo $$? >$$logs/$$path.code ) & \
-	done; \
-	echo "== kernel path $$fastest, all tests"; \
-	NEURON_FP8_LOADER_KERNEL=$$fastest $(BIN)/python -m pytest || failed=1; \
-	wait; \
+	@paths=$$($(PATHS)) || exit 1; set -- $$paths; fastest=$$1; shift; running=; \
 	for path in "$$@"; do \
 		echo "== kernel path $$path, the tests that depend on it"; \
-		cat $$logs/$$path; \
-		[ "$$(cat $$logs/$$path.code)" = 0 ] || failed=1; \
+		NEURON_FP8_LOADER_KERNEL=$$path $(BIN)/python -m pytest -m kernel_path & running="$$running $$!"; \
 	done; \
-	rm -r $$logs; exit $$failed
+	for child in $$running; do wait $$child || failed=1; done; \
+	[ -z "$$failed" ] || exit 1; \
+	echo "== kernel path $$fastest, all tests"; \
+	NEURON_FP8_LOADER_KERNEL=$$fastest $(BIN)/python -m pytest
 
 test-all: $(VENV)/.test
 	@paths=$$($(PATHS)) || exit 1; \

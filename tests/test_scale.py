@@ -104,4 +104,5 @@ def test_twice_as_many_pairs_take_twice_as_long(work: Callable[[Plan], None]) ->
 def test_planning_twice_as_many_pairs_takes_twice_as_long() -> None:
     one, two = headers(10_000), headers(20_000)
     assert len(make_plan(one, "model").pairs) == 10_000
-    assert seconds(lambda: make_plan(two, "model")) < 2.5 * seconds(lambda: make_plan(one, "model"))
+    # all pairs with all would be 4
+    assert seconds(lambda: make_plan(two, "model")) < 3 * seconds(lambda: make_plan(one, "model"))
