@@ -66,6 +66,7 @@ def test_duplicate_keys(tmp_path, index):
     text = error_of(tmp_path)
     assert f"a is in {one.name} and again in {two.name}" in text
     assert f"b is in {one.name} and again in {two.name}" in text
+    assert "not in the index" not in text
 
 
 def test_loose_files_without_an_index(tmp_path):

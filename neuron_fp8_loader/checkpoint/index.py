@@ -63,18 +63,20 @@ class Index:
 
     def compare(self, by_file: Mapping[Path, Iterable[TensorInfo]]) -> list[str]:
         """Where it and the headers of the shards contradict each other, one text each."""
-        places, left = self.weight_map, dict(self.weight_map)
+        places, absent = self.weight_map, dict(self.weight_map)
+        file_name = {place: place.rpartition("/")[2] for place in set(places.values())}
         elsewhere, unlisted = [], []
         for file, infos in by_file.items():
-            own = {place for place in set(places.values()) if place.rpartition("/")[2] == file.name}
+            here = file.name
             for info in infos:
-                place = left.pop(info.name, None)
+                place = places.get(info.name)
+                absent.pop(info.name, None)
                 if place is None:
-                    unlisted.append(f"{info.name} is in {file.name} but not in the index")
-                elif place not in own:
-                    elsewhere.append(f"the index places {info.name} in {place}; it is in {file.name}")
-        absent = [f"the index places {name} in {place}, which does not hold it" for name, place in left.items()]
-        return [*absent, *elsewhere, *unlisted]
+                    unlisted.append(f"{info.name} is in {here} but not in the index")
+                elif file_name[place] != here:
+                    elsewhere.append(f"the index places {info.name} in {place}; it is in {here}")
+        nowhere = [f"the index places {name} in {place}, which does not hold it" for name, place in absent.items()]
+        return [*nowhere, *elsewhere, *unlisted]
 
 
 def _read(index: Path) -> dict[str, str]:
