@@ -17,7 +17,8 @@ log = logging.getLogger("neuron_fp8_loader")
 
 FLAG = "fp8_rescale"
 
-BLOCKWISE = "blockwise_symmetric"
+EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
+"""The types that only fused experts take."""
 
 LAYOUTS = {
     "per_tensor_symmetric": "per_tensor",
@@ -101,7 +102,7 @@ def experts_apart(neuron_config: Any) -> bool:
     """
     kind = quantization_type(neuron_config)
     axes = getattr(neuron_config, "quantization_block_axis", None) or ()
-    return kind == "expert_wise_per_channel_symmetric" or (kind == BLOCKWISE and any(axis > 1 for axis in axes))
+    return kind == EXPERT_WISE or (kind == BLOCKWISE and any(axis > 1 for axis in axes))
 
 
 def dequantized(plan: Plan, options: Mapping[str, Any]) -> set[str]:

@@ -24,7 +24,7 @@ from .experts import Part, Placed, find
 from .flag import BLOCKWISE, quantization_type
 from .modules import Modules
 from .names import short_name
-from .quantizing import EXPERT_WISE
+from .quantizing import ANY_SIZE
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -104,7 +104,7 @@ def _advice(kind: str) -> str:
             "This type has one scale an output row of an expert. Have the experts as bfloat16: "
             'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
         )
-    return f"Set {EXPERT_WISE}, or, where that is not exact, rounds once more"
+    return f"Set {ANY_SIZE}, or, where that is not exact, rounds once more"
 
 
 def _scale(stack: Placed, form: Form, threads: int) -> tuple[torch.Tensor, Fidelity]:

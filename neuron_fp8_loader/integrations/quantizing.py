@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from .flag import BLOCKWISE, experts_apart, options_for
+from .flag import BLOCKWISE, EXPERT_WISE, experts_apart, options_for
 
 log = logging.getLogger("neuron_fp8_loader")
 
-PER_EXPERT = (BLOCKWISE, "expert_wise_per_channel_symmetric")
+PER_EXPERT = (BLOCKWISE, EXPERT_WISE)
 """The types by which every expert has scales of its own."""
 
 _LEAST = 16
 """The smallest side of a block: below it the scales take more than a tenth of the memory that FP8 saves."""
 
-EXPERT_WISE = 'quantization_type="expert_wise_per_channel_symmetric", which takes any size'
+ANY_SIZE = f'quantization_type="{EXPERT_WISE}", which takes any size'
 
 
 def convert(original: Callable[..., Any], module: Any, q_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ def block_size(mod: Any, q_config: Mapping[str, Any]) -> list[int]:
         if fits < min(size, _LEAST):
             raise OptionError(
                 f"quantization_block_size={q_config['block_size']}: a rank has {share[axis % 3]} rows or columns of "
-                f"an expert ({type(mod).__name__}), which blocks of {fits} would have to cover. Set {EXPERT_WISE}; "
+                f"an expert ({type(mod).__name__}), which blocks of {fits} would have to cover. Set {ANY_SIZE}; "
                 "or another tp_degree or moe_tp_degree"
             )
         sizes.append(fits)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
+from ..integrations.flag import BLOCKWISE, EXPERT_WISE
 from ..integrations.modules import one_each
 from ..plan import Plan
-
-EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
 
 EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 """In the name of a weight: it is one expert's, or that of several."""

@@ -14,13 +14,14 @@ from typing import Any
 from ..checkpoint import open_checkpoint
 from ..codes.formats import METHODS
 from ..errors import CheckpointError, OptionError
+from ..integrations.flag import BLOCKWISE
 from ..integrations.names import modules_to_not_convert
 from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
-from .expert_types import BLOCKWISE, EXPERTS, ExpertType, dequantized_experts, expert_type, flag_value, has_experts
+from .expert_types import EXPERTS, dequantized_experts, expert_type, flag_value, has_experts
 from .heads import heads_of
 from .moe_settings import moe_settings
 from .others import other_kind
@@ -90,13 +91,10 @@ def settings_for(
     plan = plan_for(checkpoint)
     directory = checkpoint.directory.resolve()
     fp8 = bool(plan.fp8_weights)
-    quantization_type, layout = nxd_layout(plan)
-    chosen: ExpertType | None = None
-    if plan.pairs and has_experts(plan):
-        chosen = expert_type(plan, experts)
-        quantization_type, layout = chosen.kind, chosen.layout
-    elif experts is not None:
+    chosen = expert_type(plan, experts) if has_experts(plan) else None
+    if chosen is None and experts is not None:
         raise OptionError(f"experts={experts!r}: {plan.source} has no FP8 experts whose scales are known")
+    quantization_type, layout = (chosen.kind, chosen.layout) if chosen else nxd_layout(plan)
     notes = _notes(plan)
     other = other_kind(plan, "nxd", _model_type(directory))
     if other is not None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from neuron_fp8_loader import OptionError, WeightError
+from tests.integrations.apps import config_for
 from tests.integrations.checkpoints import write
 from tests.integrations.conftest import Standin
 from tests.integrations.moe_checkpoints import quantized
 from tests.integrations.test_experts import BLOCKWISE, EXPERT_WISE, EXPERTS, HIDDEN, INTER, LAYERS, checkpoint, pairs
-from tests.integrations.test_loading import config_for
 from tests.support import sqnr
 
 Tensors = dict[str, torch.Tensor]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from neuron_fp8_loader import OptionError, WeightError
+from tests.integrations.apps import config_for
 from tests.integrations.checkpoints import write
 from tests.integrations.conftest import Standin
 from tests.integrations.moe_checkpoints import quantized
-from tests.integrations.test_loading import config_for
 from tests.support import ieee_e4m3, sqnr
 
 FP8 = torch.float8_e4m3fn

@@ -15,27 +15,12 @@ from safetensors.torch import load_file, save_file
 import neuron_fp8_loader
 from neuron_fp8_loader import Fp8LoaderError, OptionError, WeightError
 from neuron_fp8_loader.codes.device import PLATFORM_ENV
+from tests.integrations.apps import app_for, config_for
 from tests.integrations.checkpoints import FORMS, product, same_for_the_device, state_dict, write
 from tests.integrations.conftest import Standin
 from tests.support import e4m3fn, ieee_e4m3, raw, sqnr
 
 FP8 = torch.float8_e4m3fn
-
-
-def config_for(nxdi: Standin, path: str, **more: Any) -> Any:
-    values = {
-        "quantized": True,
-        "quantized_checkpoints_path": path,
-        "quantization_dtype": "f8e4m3",
-        "quantization_type": "per_channel_symmetric",
-        "fp8_rescale": True,
-        **more,
-    }
-    return nxdi.config.InferenceConfig(nxdi.config.NeuronConfig(**values))
-
-
-def app_for(nxdi: Standin, path: str, **more: Any) -> Any:
-    return nxdi.application.NeuronApplicationBase(path, config_for(nxdi, path, **more))
 
 
 def finite(loaded: dict[str, torch.Tensor]) -> bool:

@@ -15,6 +15,7 @@ from neuron_fp8_loader import OptionError
 from neuron_fp8_loader.codes.device import PLATFORM_ENV
 from neuron_fp8_loader.integrations import flag
 from neuron_fp8_loader.integrations.neuron_config import ENVIRONMENT
+from tests.integrations.apps import settings
 from tests.integrations.checkpoints import state_dict, write
 from tests.integrations.conftest import Standin
 
@@ -32,17 +33,6 @@ BAD = [
     {"threads": 0},
     {"experts": "fused"},
 ]
-
-
-def settings(path: str, **more: Any) -> dict[str, Any]:
-    return {
-        "quantized": True,
-        "quantized_checkpoints_path": path,
-        "quantization_dtype": "f8e4m3",
-        "quantization_type": "per_channel_symmetric",
-        "fp8_rescale": True,
-        **more,
-    }
 
 
 @pytest.mark.parametrize("cls", ["NeuronConfig", "MoENeuronConfig", "MultimodalVisionNeuronConfig"])

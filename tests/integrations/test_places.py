@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.integrations.apps import app_for
 from tests.integrations.checkpoints import state_dict, write
 from tests.integrations.conftest import Standin
-from tests.integrations.test_loading import app_for, same_bytes
+from tests.integrations.test_loading import same_bytes
 from tests.servers import bucket_server
 from tests.test_store import environment
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file as plain_load_file
 from neuron_fp8_loader import conventions, load_file, load_state_dict, rescale_state_dict
 from neuron_fp8_loader.errors import Fp8LoaderError
 from neuron_fp8_loader.tools.export import prepare_export
+from tests.integrations.apps import app_for
 from tests.integrations.checkpoints import state_dict, write
 from tests.integrations.conftest import Standin
 from tests.support import ROOT, TINY, codes, random_codes, save
@@ -56,20 +57,6 @@ def says(phrase: str) -> AbstractContextManager[Any]:
 def pair(value: float = 0.5, top: int = 0x7E, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     weight = codes([[top, 0x10, 0x11, 0x12]] * 4)
     return {"m.weight": weight, "m.weight_scale": torch.full((4, 1), value, dtype=dtype)}
-
-
-def app(nxdi: Standin, path: str, **settings: Any) -> Any:
-    """An application of NxD Inference with the flag."""
-    given = {
-        "quantized": True,
-        "quantized_checkpoints_path": path,
-        "quantization_dtype": "f8e4m3",
-        "quantization_type": "per_channel_symmetric",
-        "fp8_rescale": True,
-        **settings,
-    }
-    config = nxdi.config.InferenceConfig(nxdi.config.NeuronConfig(**given))
-    return nxdi.application.NeuronApplicationBase(path, config)
 
 
 @shows("no such file or directory")
@@ -154,8 +141,8 @@ def torn(tmp_path: Path) -> None:
 def too_coarse(tmp_path: Path, enabled: Standin) -> None:
     path = write(tmp_path, state_dict())
     with says('has one scale per ...; layout="per_tensor" would lose it'):
-        app(enabled, path, quantization_type="per_tensor_symmetric").checkpoint_loader_fn()
-    assert app(enabled, path).checkpoint_loader_fn()
+        app_for(enabled, path, quantization_type="per_tensor_symmetric").checkpoint_loader_fn()
+    assert app_for(enabled, path).checkpoint_loader_fn()
 
 
 @shows("cannot be laid out per row")
@@ -164,8 +151,8 @@ def columns(tmp_path: Path, enabled: Standin) -> None:
     tensors["model.layers.0.self_attn.q_proj.weight_scale"] = torch.full((1, 32), 0.5)
     path = write(tmp_path, tensors)
     with says("cannot be laid out per row"):
-        app(enabled, path).checkpoint_loader_fn()
-    loaded = app(enabled, path, fp8_rescale={"dequantize": ["*.q_proj"]}).checkpoint_loader_fn()
+        app_for(enabled, path).checkpoint_loader_fn()
+    loaded = app_for(enabled, path, fp8_rescale={"dequantize": ["*.q_proj"]}).checkpoint_loader_fn()
     assert loaded["layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
@@ -173,9 +160,9 @@ def columns(tmp_path: Path, enabled: Standin) -> None:
 def not_quantized(tmp_path: Path, enabled: Standin) -> None:
     path = write(tmp_path, state_dict())
     with says("quantized=False, but ..."):
-        app(enabled, path, quantized=False).checkpoint_loader_fn()
-    assert app(enabled, path).checkpoint_loader_fn()
-    loaded = app(enabled, path, quantized=False, fp8_rescale={"dequantize": ["*"]}).checkpoint_loader_fn()
+        app_for(enabled, path, quantized=False).checkpoint_loader_fn()
+    assert app_for(enabled, path).checkpoint_loader_fn()
+    loaded = app_for(enabled, path, quantized=False, fp8_rescale={"dequantize": ["*"]}).checkpoint_loader_fn()
     assert torch.float8_e4m3fn not in {t.dtype for t in loaded.values()}
 
 
@@ -190,10 +177,10 @@ def torn_by_a_model(tmp_path: Path, enabled: Standin) -> None:
     enabled.application.NeuronApplicationBase.convert_hf_to_neuron_state_dict = staticmethod(convert)
     path = write(tmp_path, state_dict())
     with says("the model's conversion keeps FP8 weights and their scales apart") as raised:
-        app(enabled, path).checkpoint_loader_fn()
+        app_for(enabled, path).checkpoint_loader_fn()
     printed = re.search(r"fp8_rescale=(\{.*?\})", str(raised.value))
     assert printed is not None
-    loaded = app(enabled, path, fp8_rescale=eval(printed[1])).checkpoint_loader_fn()
+    loaded = app_for(enabled, path, fp8_rescale=eval(printed[1])).checkpoint_loader_fn()
     assert loaded["layers.0.self_attn.qkv.weight"].dtype == torch.bfloat16
 
 
@@ -201,8 +188,8 @@ def torn_by_a_model(tmp_path: Path, enabled: Standin) -> None:
 def contradicting(tmp_path: Path, enabled: Standin) -> None:
     path = write(tmp_path, state_dict(plain=("down_proj",)))
     with says("... contradicts ..."):
-        app(enabled, path, modules_to_not_convert=["lm_head"]).checkpoint_loader_fn()
-    assert app(enabled, path).checkpoint_loader_fn()
+        app_for(enabled, path, modules_to_not_convert=["lm_head"]).checkpoint_loader_fn()
+    assert app_for(enabled, path).checkpoint_loader_fn()
 
 
 @shows("a Neuron device would read inf or NaN from")
@@ -212,9 +199,9 @@ def another_way(tmp_path: Path, enabled: Standin) -> None:
     tensors = plain_load_file(tmp_path / "model.safetensors")
     base.convert_hf_to_neuron_state_dict = staticmethod(lambda state_dict, config: dict(tensors))
     with says("a Neuron device would read inf or NaN from"):
-        app(enabled, path).checkpoint_loader_fn()
+        app_for(enabled, path).checkpoint_loader_fn()
     rescale_state_dict(tensors, inplace=True)
-    assert app(enabled, path).checkpoint_loader_fn()
+    assert app_for(enabled, path).checkpoint_loader_fn()
 
 
 @shows("tensors that share memory with an FP8 weight")
