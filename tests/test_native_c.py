@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,22 @@ HOST = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
 CROSS = shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 ON_X86, ON_ARM = (platform.machine() in names for names in (("x86_64", "AMD64"), ("aarch64", "arm64")))
+
+
+Objects = Callable[[list[str]], list[str]]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    """The kernels, compiled by a command: they are the same for all tests that have it in common."""
+
+    @cache
+    def made(compiler: tuple[str, ...]) -> list[str]:
+        directory = tmp_path_factory.mktemp("objects")
+        subprocess.run([*compiler, "-c", *map(str, SOURCES)], check=True, timeout=120, cwd=directory)
+        return [str(directory / source.with_suffix(".o").name) for source in SOURCES]
+
+    return lambda compiler: made(tuple(compiler))
 
 
 def command(path: str) -> tuple[list[str], list[str]]:
@@ -34,12 +52,12 @@ def command(path: str) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("optimize", ["-O0", "-O3"])
 @pytest.mark.parametrize("path", ["portable", "avx2", "neon"])
 @pytest.mark.parametrize("what", ["check_codes.c", "check_requantize.c"])
-def test_against_plain_loops(tmp_path: Path, what: str, path: str, optimize: str) -> None:
+def test_against_plain_loops(tmp_path: Path, objects: Objects, what: str, path: str, optimize: str) -> None:
     compiler, runner = command(path)
-    program = tmp_path / "check"
-    sources = [str(p) for p in (*SOURCES, ROOT / "tests" / "native" / what)]
-    flags = [optimize, "-std=c11", "-ffp-contract=off", *WARNINGS, f"-I{NATIVE}", f"-DPATH={path}"]
-    subprocess.run([*compiler, *flags, *sources, "-o", str(program), "-lm"], check=True, timeout=120)
+    compiler += [optimize, "-std=c11", "-ffp-contract=off", *WARNINGS, f"-I{NATIVE}"]
+    program, check = tmp_path / "check", ROOT / "tests" / "native" / what
+    linked = [f"-DPATH={path}", str(check), *objects(compiler), "-o", str(program), "-lm"]
+    subprocess.run([*compiler, *linked], check=True, timeout=120)
     done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode == 77:
         pytest.skip(f"this CPU has no {path}")
