@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -193,6 +194,17 @@ def test_whole_weights(
     grid: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(kernel, "active", path)
+    weight, scale, wanted = stacked(e8m0, block, grid)
+    got = dequantize(weight.view(torch.float8_e4m3fn), scale, Granularity(kind, block, experts=True), threads)
+    for k in range(2):
+        np.testing.assert_array_equal(bits(got[k]), wanted[k])
+
+
+@lru_cache(maxsize=1)  # paths and threads have it in common
+def stacked(
+    e8m0: bool, block: tuple[int, int] | None, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+    """Two matrices of codes, their scales, and the bits of their products."""
     rng = np.random.default_rng(2)
     weight = torch.from_numpy(rng.integers(0, 256, (2, 300, 5000), dtype=np.uint8))
     if e8m0:
@@ -201,12 +213,9 @@ def test_whole_weights(
     else:
         scale = torch.from_numpy(rng.uniform(0.001, 1, (2, *grid)).astype(np.float32))
         values = scale.double().numpy()
-    how = Granularity(kind, block, experts=True)
-    got = dequantize(weight.view(torch.float8_e4m3fn), scale, how, threads)
     height, width = (min(a, b) for a, b in zip(block or (300 // grid[0], 5000 // grid[1]), (300, 5000), strict=True))
-    for k in range(2):
-        factor = np.repeat(np.repeat(values[k], height, axis=0), width, axis=1)[:300, :5000]
-        np.testing.assert_array_equal(bits(got[k]), nearest(products(weight[k], factor)))
+    factors = (np.repeat(np.repeat(v, height, axis=0), width, axis=1)[:300, :5000] for v in values)
+    return weight, scale, [nearest(products(codes, factor)) for codes, factor in zip(weight, factors, strict=True)]
 
 
 def test_wrong_arguments() -> None:
