@@ -80,14 +80,20 @@ _MADV_POPULATE_WRITE = 23  # Linux, <asm-generic/mman-common.h>
 _WORTH_A_CALL = 16 * mmap.PAGESIZE
 
 
-def _find_madvise() -> Any:
+def give_back() -> None:
+    """Have the C library return to the system what was freed in between what is not: glibc keeps it otherwise."""
+    if _malloc_trim is not None:
+        _malloc_trim(ctypes.c_size_t(0))
+
+
+def _find(function: str) -> Any:
     try:
-        return ctypes.CDLL(None).madvise if os.uname().sysname == "Linux" else None
+        return getattr(ctypes.CDLL(None), function) if os.uname().sysname == "Linux" else None
     except (AttributeError, OSError):
         return None
 
 
-_madvise = _find_madvise()
+_madvise, _malloc_trim = _find("madvise"), _find("malloc_trim")
 
 
 def shaped(raw: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

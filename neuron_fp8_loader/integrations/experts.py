@@ -7,6 +7,7 @@ stacked FP8 tensors: NxD's fused layers hold [experts, in, out], gate and up sid
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Part:
         layer, expert: the numbers in its name, or its place in a stack; ``""`` and 0 where there is none.
         role: 0 gate, 1 up, 2 any other.
         shape: (out, in).
-        rows, columns: indices of the bytes kept, each from the first to the last.
+        rows, columns: indices of the bytes kept, each from the first to the last; shared by all parts of this shape.
         bytes: uint8 [rows, columns].
         values: float32 [row blocks, column blocks], the scale.
         block: (rows, columns) that one value covers.
@@ -196,11 +197,13 @@ def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torc
 
 
 def _probe(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = (
-        torch.linspace(0, size - 1, min(size, most)).round().long()
-        for size, most in zip(matrix.shape, (_ROWS, _COLUMNS), strict=True)
-    )
-    return rows, columns, matrix[rows][:, columns].clone()
+    rows, columns = _spread(matrix.shape[0], _ROWS), _spread(matrix.shape[1], _COLUMNS)
+    return rows, columns, matrix[rows[:, None], columns]
+
+
+@functools.cache
+def _spread(size: int, most: int) -> torch.Tensor:
+    return torch.linspace(0, size - 1, min(size, most), device="cpu").round().long()
 
 
 @dataclass
@@ -267,6 +270,9 @@ def _place(part: Part, stack: Placed) -> tuple[int, int] | None:
     raw = stack.tensor.view(torch.uint8)
     for place in sorted(range(experts), key=lambda k: k != part.expert):
         taken = {first for other, first, _ in stack.places if other == place}
+        likely = columns // 2 if part.role == 1 else 0
+        if likely not in taken and likely + out <= columns and _is_at(part, raw[place], likely):
+            return place, likely
         across = raw[place][part.columns]  # [columns kept, out]
         starts = (across == part.bytes[0][:, None]).all(dim=0).nonzero().flatten().tolist()
         for first in starts:
@@ -275,6 +281,10 @@ def _place(part: Part, stack: Placed) -> tuple[int, int] | None:
             if bool((across[:, part.rows + first] == part.bytes.T).all()):
                 return place, first
     return None
+
+
+def _is_at(part: Part, matrix: torch.Tensor, first: int) -> bool:
+    return torch.equal(matrix[part.columns, part.rows[:, None] + first], part.bytes)
 
 
 def _uncovered(stack: Placed) -> Iterator[str]:

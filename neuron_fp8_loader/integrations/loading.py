@@ -23,6 +23,7 @@ from ..options import Options
 from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
 from .check import check_ready, is_weight
 from .complete import check_complete, codes_as_values, scales_of
+from .converting import quick
 from .experts import parts_of
 from .explain import explained
 from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
@@ -209,24 +210,25 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
             state_dict, _ = rescale_by(state_dict, make_recipe(plan, options), options, inplace=True)
             state_dict = session.named(state_dict, plan)
         session.scales.update(scales_of(state_dict))
-        taken = takes(cls)
+        taken, threads = takes(cls), Options.of(session.options).thread_count()
         parts = parts_of(state_dict, session.pairs, taken.experts(config) if taken else 0)
         rows = Rows.of(state_dict)
         check_alike(state_dict, taken, Shown(path))
-        placed = as_taken(state_dict, taken, session.pairs)
         fp8 = [] if session.quantized else [n for n, t in state_dict.items() if is_weight(n, t, state_dict)]
-        try:
-            converted = convert(state_dict, *args, **kwargs)
-        except Exception as error:
-            if fp8:
-                raise codes_as_values(Shown(path), fp8) from error
-            raise
+        with quick(threads):
+            placed = as_taken(state_dict, taken, session.pairs)
+            try:
+                converted = convert(state_dict, *args, **kwargs)
+            except Exception as error:
+                if fp8:
+                    raise codes_as_values(Shown(path), fp8) from error
+                raise
         converted.update(only_of(converted, placed))
         if session.quantized:
             rows.attach(converted, Shown(path))
         if parts:
             form = Form.of(config.neuron_config, session.modules)
-            attach_scales(converted, parts, form, Shown(path), Options.of(session.options).thread_count())
+            attach_scales(converted, parts, form, Shown(path), threads)
         return converted
 
     namespace = {
