@@ -200,13 +200,17 @@ static void settle(const fp8_reader *reader, fp8_segment *s, uint64_t begin, siz
 
 typedef enum { TELLS, TELLS_NOT } system_kind;
 
-/* Fill as much of a piece as is in the page cache. */
+/* Fill as much of a piece as is in the page cache. A file system that does not tell what is there is asked to read
+ * twice as far ahead. */
 static size_t fill_cached(int handle, uint64_t offset, const piece *p, system_kind *kind) {
 #ifdef RWF_NOWAIT
     const ssize_t got = preadv2(handle, p->part, (int)p->count, (off_t)offset, RWF_NOWAIT);
     if (got >= 0 || errno == EAGAIN) return got > 0 ? (size_t)got : 0;
 #else
     (void)handle, (void)offset, (void)p;
+#endif
+#ifdef POSIX_FADV_SEQUENTIAL
+    (void)posix_fadvise(handle, 0, 0, POSIX_FADV_SEQUENTIAL);
 #endif
     *kind = TELLS_NOT; /* or it fails: the read that waits will tell how */
     return 0;
