@@ -15,7 +15,7 @@ from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import BLOCKWISE, FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import experts_of, with_bias
-from .names import contradictions, modules_to_not_convert
+from .names import contradictions, misnamed, modules_to_not_convert
 from .places import here, is_store
 from .qkv import parts_dequantized, unfused
 from .stacks import FAMILIES, takes
@@ -218,13 +218,17 @@ def _settle_list(
     listed, missing = contradictions(plan, [*given, *_experts_of_checkpoints(given)], out)
     if listed:
         log.warning("%s names, so that they are loaded as bfloat16, %s", LIST, listing("FP8 module", listed, 5))
+    instead = [f"{entry}: write {', '.join(found)}" for entry, found in misnamed(plan, given).items()]
+    without = f"NxD Inference has no path with {listing('entry', instead)}" if instead else ""
     if missing:
         problems = [f"not FP8 in the checkpoint, or not loaded so, and not listed: {name}" for name in missing]
         raise OptionError(
             f"{LIST} contradicts {Shown(path)}, {listing('module', problems)}\n"
-            f"NxD Inference looks for their scales in vain. "
+            f"{without and without + chr(10)}NxD Inference looks for their scales in vain. "
             f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
         )
+    if without:
+        log.warning("%s holds names of the checkpoint, which do nothing: %s", LIST, without)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------

@@ -5,8 +5,14 @@ What is not FP8 any more is the checkpoint's value, rounded to bfloat16 once; wh
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import OptionError, WeightError
 from tests.integrations.real_cases import FP8
@@ -84,3 +90,46 @@ def test_without_quantized_layers(row: Row) -> None:
         for name, tensor in other.items():
             assert rank[name].dtype != FP8
             assert torch.allclose(rank[name].float(), tensor.float(), rtol=2**-7, atol=1e-6), name
+
+
+@functools.cache
+def kept(module: str) -> Path:
+    """Qwen3-MoE whose publisher kept what is in this module in bfloat16."""
+    fp8, plain = checkpoint("qwen3_moe", "channel")
+    tensors, twins = (load_file(path / "model.safetensors") for path in (fp8, plain))
+    for name in [n for n in tensors if n.endswith(".weight_scale") and module in n]:
+        weight = name.removesuffix("_scale")
+        del tensors[name]
+        tensors[weight] = twins[weight].bfloat16()
+    path = Path(tempfile.mkdtemp())
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text((fp8 / "config.json").read_text())
+    return path
+
+
+NAMED = [  # a module's name in the checkpoint, and what NxD has it as
+    ("layers.0.self_attn.q_proj", ["layers.0.self_attn.qkv_proj.q_proj"]),
+    ("layers.0.self_attn.o_proj", ["layers.0.self_attn.o_proj"]),
+    ("layers.1.mlp.experts", [f"layers.1.mlp.expert_mlps.mlp_op.{p}_proj" for p in ("down", "gate_up")]),
+]
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(("name", "instead"), NAMED)
+def test_names_of_the_checkpoint_match_nothing(name: str, instead: list[str], tp: int) -> None:
+    """FP8 modules stay FP8; what is not FP8 is refused before anything is compiled, with the entries that work."""
+    import families
+
+    given: dict[str, Any] = {"quantization_type": "expert_wise_per_channel_symmetric"}
+    fp8, plain = checkpoint("qwen3_moe", "channel")
+    twins, bf16 = twin("qwen3_moe", plain, tp), kept(name)
+    every = check(shards("qwen3_moe", fp8, tp, **given), twins, experts=HALVED, others=HALVED)
+    for entry in {f"model.{name}", name} - set(instead):
+        listed = {"modules_to_not_convert": ["lm_head", entry], **given}
+        assert check(shards("qwen3_moe", fp8, tp, **listed), twins, experts=HALVED, others=HALVED) == every
+        with pytest.raises(OptionError, match="contradicts") as error:
+            families.build("qwen3_moe", bf16, tp_degree=tp, fp8_rescale=True, **listed)
+        assert f"{entry}: write {', '.join(instead)}" in str(error.value)
+    listed = {"modules_to_not_convert": ["lm_head", *instead], **given}
+    names = check(shards("qwen3_moe", bf16, tp, **listed), twins, experts=HALVED, others=HALVED)
+    assert names == {n for n in every if not any(entry in n for entry in instead)}

@@ -158,6 +158,21 @@ class TestModulesToNotConvert:
         assert "not listed: model.layers.1.self_attn.q_proj" in text
         assert "['layers.0.self_attn', 'layers.1.self_attn', 'lm_head']" in text  # what to write
 
+    def test_names_of_the_checkpoint_are_said_to_do_nothing(
+        self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        name, path = "model.layers.0.self_attn.q_proj", "layers.0.self_attn.qkv_proj.q_proj"
+        given = {"modules_to_not_convert": ["lm_head", name]}
+        enabled.config.NeuronConfig(**settings(write(tmp_path / "fp8", state_dict()), **given))
+        assert "loaded as bfloat16" not in caplog.text
+        assert f"which do nothing: NxD Inference has no path with 1 entry:\n  - {name}: write {path}" in caplog.text
+        floats = write(tmp_path / "floats", state_dict(plain=("layers.0.self_attn",)))
+        with pytest.raises(
+            OptionError, match=rf"not listed: {name}\nNxD Inference has no path.*\n  - {name}: write {path}"
+        ):
+            enabled.config.NeuronConfig(**settings(floats, **given))
+        enabled.config.NeuronConfig(**settings(floats, modules_to_not_convert=["lm_head", path]))
+
     def test_a_saved_config_agrees_with_itself(self, enabled: Standin, tmp_path: Path) -> None:
         path = write(tmp_path / "model", state_dict(plain=("self_attn",)))
         config = enabled.config.InferenceConfig(enabled.config.NeuronConfig(**settings(path)))
