@@ -32,6 +32,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$")
 _ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)\.(gate|router|router\.layer|gate\.wg)$")
 _EXPERT = re.compile(r"\.(experts(\.\d+)?\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3))$")
 _SHARED = re.compile(r"\.shared_experts?(?=\.|$)")
+_SHARED_OF_LAYER = re.compile(r"(^layers\.\d+)\.mlp\.shared_experts(?=\.)")  # where GLM-5.2 has them
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
 # what NxD Inference builds from layers that it quantizes, in every model
 _QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3)|\.A_log|\.dt_bias)$")
@@ -216,8 +217,11 @@ def _module(name: str, latent: Collection[str] = ()) -> _Module:
         return _Module(name, entry, (entry, entry.replace(".mlp.", own)))
     if renamed.endswith(".o_proj"):
         return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))
-    if renamed.endswith((".shared_experts.gate_proj", ".shared_experts.up_proj")):
-        return _Module(name, renamed, (short, renamed, renamed.rpartition(".")[0] + ".gate_up_proj"))
+    if ".shared_experts." in renamed:
+        paths = [short, renamed, _SHARED_OF_LAYER.sub(r"\1.shared_expert", renamed)]
+        if renamed.endswith((".gate_proj", ".up_proj")):
+            paths.append(renamed.rpartition(".")[0] + ".gate_up_proj")
+        return _Module(name, renamed, tuple(paths))
     return _Module(name, renamed, (short, renamed))
 
 

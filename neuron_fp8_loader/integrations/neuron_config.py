@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -15,7 +16,7 @@ from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import BLOCKWISE, FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import experts_of, with_bias
-from .names import contradictions, misnamed, modules_to_not_convert
+from .names import absorbed, contradictions, misnamed, modules_to_not_convert, short_name
 from .places import here, is_store
 from .qkv import parts_dequantized, unfused
 from .stacks import FAMILIES, takes
@@ -23,6 +24,9 @@ from .stacks import FAMILIES, takes
 log = logging.getLogger("neuron_fp8_loader")
 
 LIST = "modules_to_not_convert"
+_OF_LAYER = re.compile(r"^layers\.(?P<number>\d+)")
+_MLP_SHARED = re.compile(r"\.mlp\.shared_experts?\.")
+_BESIDE = re.compile(r"^layers\.\d+\.mlp\.(shared_experts?\.)?(gate|up|down)_proj$")
 _LAYER = re.compile(r"^layers\.\d+$")
 _AMONG = re.compile(r"^(?P<layer>layers\.\d+)\.mlp(\.expert_mlps(?P<proj>\.mlp_op\.\w+)?)?$")
 # without them XLA and the compiler take e4m3fn constants and casts for what they are on a GPU
@@ -78,12 +82,24 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
     form = takes(type(self))
     # MiniMax-M2 speaks of scales that a script made, and has no list
     own = quantizes_itself(type(self)) and (form is None or form.stacked)
-    if options_given and own and acts():
-        neuron_config_list = getattr(neuron_config, LIST, None)
-        if neuron_config_list and neuron_config_list == _filled(neuron_config):
-            setattr(neuron_config, LIST, None)
+    given: list[str] = getattr(neuron_config, LIST, None) or []
+    plan = _plan_for(neuron_config) if options_given and own and acts() and given else None
+    shared = form.shared if form is not None else ""
+    if plan is not None and given == modules_to_not_convert(plan, _plain(plan, _options(neuron_config))):
+        more = []
+        if form is not None and shared and any(_experts_in(form.block, given)):  # its own would leave them out
+            more = [*_unlisted(plan, shared, given, math.inf), "self_attn"]
+        setattr(neuron_config, LIST, [*given, *more] if more else None)
+        plan = None
     original(self, neuron_config, *args, **kw)
-    given = getattr(neuron_config, LIST, None)
+    if plan is not None and shared:
+        more = _unlisted(plan, shared, given, getattr(self, "num_hidden_layers", math.inf))
+        if more:
+            raise OptionError(
+                f"{LIST}={given} lacks {more}, which {type(self).__name__} has in bfloat16, whatever the checkpoint "
+                f"holds. Leave {LIST} out, for the model's own, or set {LIST}={[*given, *more]}"
+            )
+    given = getattr(neuron_config, LIST, None) or []
     if options_given and form is not None and form.block and given:
         entries = [*given, *_experts_in(form.block, given)]
         setattr(neuron_config, LIST, list(dict.fromkeys(entries)))
@@ -109,14 +125,34 @@ def _experts_of_checkpoints(entries: Iterable[str]) -> Iterator[str]:
                 yield f"{layer}.mlp{rest or '.expert_mlps'}"
 
 
-def _filled(neuron_config: Any) -> list[str] | None:
-    """The list that is filled in for a config; None without a checkpoint, or for one that no class reads."""
+def _plan_for(neuron_config: Any) -> Plan | None:
+    """The plan of a config's checkpoint; None without one, or for one that no class reads."""
     try:
         plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
     except Fp8LoaderError:
         return None
-    options = parse(getattr(neuron_config, FLAG, None)) or {}
-    return None if plan is None or plan.interleaved else modules_to_not_convert(plan, _plain(plan, options))
+    return None if plan is None or plan.interleaved else plan
+
+
+def _options(neuron_config: Any) -> dict[str, Any]:
+    return parse(getattr(neuron_config, FLAG, None)) or {}
+
+
+def _unlisted(plan: Plan, shared: str, given: Iterable[str], layers: float) -> list[str]:
+    """Entries that a list lacks for a class with ``Takes.shared``, for its first layers.
+
+    They are of what the model has in bfloat16 whatever the checkpoint holds: MLPs that are not experts, and what
+    latent attention multiplies by itself.
+    """
+    found: dict[str, None] = {}
+    beside = [pair.module for pair in plan.pairs if _BESIDE.match(short_name(pair.module))]
+    for name in map(short_name, [*absorbed(plan), *beside]):
+        layer, path = _OF_LAYER.match(name), _MLP_SHARED.sub(f".{shared}.", name)
+        if layer is None or int(layer["number"]) >= layers or any(entry in path for entry in given):
+            continue
+        entry = f"{layer[0]}.mlp" if ".mlp." in path else shared if path != name else name.rpartition(".")[2]
+        found[entry] = None
+    return list(found)
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:

@@ -5,7 +5,9 @@ What is not FP8 any more is the checkpoint's value, rounded to bfloat16 once; wh
 
 from __future__ import annotations
 
+import ast
 import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,30 @@ def test_without_quantized_layers(row: Row) -> None:
         for name, tensor in other.items():
             assert rank[name].dtype != FP8
             assert torch.allclose(rank[name].float(), tensor.float(), rtol=2**-7, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["lm_head"],
+        ["lm_head", "self_attn"],
+        ["lm_head", "kv_b_proj", "layers.1.shared_expert"],
+        ["lm_head", "model.layers.0.mlp", "shared_experts"],
+    ],
+)
+def test_what_glm_lacks_in_a_list_is_said_at_once(given: list[str]) -> None:
+    path, plain = checkpoint("glm_moe_dsa", "block")
+    setup = {**pasted(path, "--tp", 2), "modules_to_not_convert": given}
+    with pytest.raises(OptionError, match="GLM5InferenceConfig") as error:
+        shards("glm_moe_dsa", path, 2, **setup)
+    found = re.search(r"set modules_to_not_convert=(\[.*\])$", str(error.value))
+    assert found
+    setup["modules_to_not_convert"] = ast.literal_eval(found[1])
+    assert set(given) <= set(setup["modules_to_not_convert"])
+    ranks = shards("glm_moe_dsa", path, 2, **setup)
+    names = check(ranks, twin("glm_moe_dsa", plain, 2), experts=REQUANTIZED, others=REQUANTIZED)
+    assert any(".expert_mlps." in name for name in names)
+    assert any(".self_attn." in name for name in names) == ("self_attn" not in given)
 
 
 @functools.cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +371,35 @@ def test_experts_are_listed_in_the_block_that_a_model_has_them_in(
     assert config.neuron_config.modules_to_not_convert == [*given, *more]
     without = enabled.config.NeuronConfig(modules_to_not_convert=given)
     assert kind(without).neuron_config.modules_to_not_convert == given
+
+
+def test_a_class_with_a_list_of_its_own_says_what_another_lacks(
+    enabled: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-5.2 quantizes its experts by itself, and casts all other MLPs to bfloat16, with scales or without."""
+    (tmp_path / "modeling_glm5.py").write_text('"""Makes {moe}.gate_up_proj.scale" of weight_scale_inv."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("modeling_glm5")
+
+    def listed(given: list[str] | None, **more: Any) -> Any:
+        neuron_config = enabled.config.MoENeuronConfig(**settings(path, modules_to_not_convert=given, **more))
+        kind = type("Config", (enabled.config.InferenceConfig,), {"__module__": "modeling_glm5"})
+        return kind(neuron_config, num_hidden_layers=2).neuron_config.modules_to_not_convert
+
+    attention = [f"model.layers.{n}.self_attn.{p}" for n in range(3) for p in ("o_proj", "kv_b_proj")]
+    experts = [f"model.layers.1.mlp.experts.{n}.{p}_proj" for n in range(2) for p in ("gate", "up", "down")]
+    others = [f"model.layers.{n}.{p}_proj" for n in ("0.mlp", "1.mlp.shared_experts") for p in ("gate", "up", "down")]
+    path = write(tmp_path / "fp8", state_dict(layers=[*attention, *experts, *others]))
+    assert listed(None) is None
+    works = ["lm_head", "kv_b_proj", "layers.0.mlp", "shared_expert"]
+    with pytest.raises(OptionError, match=re.escape(f"=['lm_head'] lacks {works[1:]}, which Config has")) as error:
+        listed(["lm_head"])
+    assert str(error.value).endswith(f"or set modules_to_not_convert={works}")
+    for given in (works, ["lm_head", "layers.0.", "layers.1."], ["lm_head", "self_attn", "layers.0.mlp", "shared"]):
+        assert listed(given)[: len(given)] == given
+    for given in (works[:2], works[:3], ["lm_head", "layers.0.", "layers.1.mlp", "self_attn"]):
+        with pytest.raises(OptionError, match=r"lacks .*shared_expert'"):
+            listed(given)
+    # its own list would leave these out
+    found = listed(None, fp8_rescale={"dequantize": ["*.experts.*"]})
+    assert {"layers.1.feed_forward.moe", "self_attn", "layers.0.mlp", "shared_expert", "lm_head"} <= {*found}
