@@ -16,6 +16,9 @@ EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 DEQUANTIZE = "*.experts.*"
 
+EXPERT_TYPES = ("expert_wise", "blockwise")
+"""What may be asked for: one scale an output row of each expert, or blocks."""
+
 # DBRX: rows are inputs, so scales of rows are not those of output rows
 _ROWS_ARE_INPUTS = re.compile(r"\.experts\.mlp\.w2$")
 _OTHERS = "all other layers take one scale an output row, under the flag"
@@ -64,8 +67,8 @@ def has_experts(plan: Plan) -> bool:
     return any(pair.granularity.experts or EXPERTS.search(pair.weight) for pair in plan.pairs)
 
 
-def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
-    """For a plan that ``has_experts``.
+def expert_type(plan: Plan, asked: str | None = None) -> ExpertType | None:
+    """What the experts of a checkpoint are loaded with; None where it has none that are FP8.
 
     Args:
         plan: of the checkpoint.
@@ -74,6 +77,12 @@ def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
     Raises:
         OptionError: what was asked for cannot be had; the text says what can.
     """
+    if asked not in (None, *EXPERT_TYPES):
+        raise OptionError(f"experts={asked!r}: expected {' or '.join(map(repr, EXPERT_TYPES))}")
+    if not has_experts(plan):
+        if asked is not None:
+            raise OptionError(f"experts={asked!r}: {plan.source} has no FP8 experts whose scales are known")
+        return None
     rows_of_inputs = [p for p in plan.pairs if _ROWS_ARE_INPUTS.search(p.module) and p.granularity.kind in _FINE]
     if not rows_of_inputs:
         if asked == "blockwise":
@@ -93,6 +102,12 @@ def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
             f"experts='blockwise': {plan.source}: its experts have no blocks that NxD takes; leave it out"
         )
     return ExpertType(EXPERT_WISE, _FLOATS, True, {})
+
+
+def one_for_inputs(plan: Plan) -> list[str]:
+    """Experts with one scale whose rows are inputs: spread over rows in a copy, it would look like one an input."""
+    pairs = (pair for pair in plan.pairs if pair.granularity.kind == "tensor")
+    return [pair.module for pair in pairs if _ROWS_ARE_INPUTS.search(pair.module)]
 
 
 _FINE = ("row", "column", "block")
