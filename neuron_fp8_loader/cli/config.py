@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
 
 # inference_demo has no options for these; this hands them to its NeuronConfig
-_NO_OPTION = ("fp8_rescale", "quantization_block_axis", "quantization_block_size")
+_NO_OPTION = (
+    "fp8_rescale",
+    "quantization_block_axis",
+    "quantization_block_size",
+    "moe_fused_nki_kernel_enabled",
+)
 _LAUNCH = """\
 import argparse, neuron_fp8_loader
 from neuronx_distributed_inference import inference_demo as demo

@@ -49,13 +49,14 @@ class ExpertType:
         kind: the ``quantization_type``.
         layout: what becomes of their scales, in words.
         floats: are they loaded as bfloat16?
-        blocks: ``quantization_block_axis`` and ``quantization_block_size`` for the blockwise type.
+        blocks: keyword arguments for the blockwise type: ``quantization_block_axis``, ``quantization_block_size``, and
+            ``moe_fused_nki_kernel_enabled``: that kernel would misread blocks, and some models have it unless told.
     """
 
     kind: str
     layout: str
     floats: bool
-    blocks: dict[str, list[int]]
+    blocks: dict[str, Any]
 
 
 def has_experts(plan: Plan) -> bool:
@@ -114,14 +115,18 @@ _FINE = ("row", "column", "block")
 _INSTEAD = {True: "use 'blockwise'", False: "leave it out, and the experts are loaded as bfloat16"}
 
 
-def _blocks(plan: Plan) -> dict[str, list[int]]:
+def _blocks(plan: Plan) -> dict[str, Any]:
     """NxD's fused weights are [experts, in, out], so the block of a weight that lies [out, in] is turned."""
     pairs = [pair for pair in plan.pairs if EXPERTS.search(pair.weight)]
     found = {block if p.transposed else block[::-1] for p in pairs if (block := p.granularity.block) is not None}
     if len(found) != 1 or any(pair.granularity.block is None for pair in pairs):
         what = f"blocks of {len(found)} sizes" if len(found) > 1 else "not all blocks" if found else "no blocks"
         raise OptionError(f"experts='blockwise': {plan.source}: its experts have {what}; use 'expert_wise'")
-    return {"quantization_block_axis": [1, 2], "quantization_block_size": list(*found)}
+    return {
+        "quantization_block_axis": [1, 2],
+        "quantization_block_size": list(*found),
+        "moe_fused_nki_kernel_enabled": False,
+    }
 
 
 def dequantized_experts(plan: Plan) -> set[str]:
