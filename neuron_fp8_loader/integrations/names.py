@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ..conventions import module_of
 from ..errors import listing, printable
@@ -37,8 +38,9 @@ _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
 # what NxD Inference builds from layers that it quantizes, in every model
 _QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3)|\.A_log|\.dt_bias)$")
 # latent attention multiplies by this weight itself: a quantized layer there would never apply its scales
-_LATENT = ".kv_a_proj_with_mqa"
 _ABSORBED = re.compile(r"\.kv_b_proj$")
+_LATENT = ".kv_a_proj_with_mqa"
+_PATTERN = re.compile(r"^re:|[*?\[]")
 # vectors of linear attention (Qwen3.5), which its port keeps in layers so that they are sharded
 _VECTORS = re.compile(r"\.linear_attn\.(A_log|dt_bias)$")
 # DBRX
@@ -108,34 +110,54 @@ def contradictions(plan: Plan, given: Iterable[str], dequantized: Collection[str
         nor in the list, whose scales would be looked for in vain. Of the latter only those that every model of
         NxD Inference quantizes: projections of attention and MLP, experts, ``lm_head``. Names of the checkpoint.
     """
-    entries = [entry for entry in given if entry]
+    entries, known = list(given), {}
     fp8, plain = _modules(plan, dequantized)
-    missing = [m.name for m in plain if _QUANTIZED.search(m.paths[0]) and not _named(m, entries)]
-    return [m.name for m in fp8 if _named(m, entries)], missing
+    for module in (*fp8, *plain):
+        if module.paths not in known:  # those of all experts of a layer are the same
+            known[module.paths] = _named(module, entries)
+    missing = [m.name for m in plain if _QUANTIZED.search(m.paths[0]) and not known[m.paths]]
+    return [m.name for m in fp8 if known[m.paths]], missing
 
 
 def misnamed(plan: Plan, given: Iterable[str]) -> dict[str, list[str]]:
-    """Entries that name modules as the checkpoint does, where NxD Inference has no such path: they match nothing.
+    """Entries that name modules as the checkpoint does, or by a pattern: they are part of no path, and match nothing.
 
     Args:
         plan: of the checkpoint.
         given: ``modules_to_not_convert``.
 
     Returns:
-        entry -> the entries to write instead, which match the same modules and no others.
+        entry -> the entries to write instead, which match the same modules and no others. Entries that mean no module
+        which could be quantized are not in it: routers, norms, other towers.
     """
     fp8, plain = _modules(plan, ())
     modules = [*fp8, *plain]
+    paths = {path for module in modules for path in module.paths}
+    text = "\n".join(f".{module.name}." for module in modules)  # one search of it is quicker than one of each
     found = {}
     for entry in given:
+        if any(entry in path for path in paths):
+            continue
         name = entry.removesuffix(".weight").strip(".")
-        meant = {m.name: m for m in modules if f".{name}." in f".{m.name}."}
-        if not meant or any(_named(m, [entry]) for m in modules):
+        if f".{name}." not in text and not _PATTERN.search(name):
+            continue
+        meant = {m.name: m for m in modules if _means(name, m.name)}
+        if not meant:
             continue
         short = short_name(name)
         whole = [e for e in (short, f"{short}.") if {m.name for m in modules if _named(m, [e])} == meant.keys()]
         found[entry] = whole[:1] or sorted({m.entry for m in meant.values()}, key=_natural)
     return found
+
+
+def _means(entry: str, name: str) -> bool:
+    """By its parts; with ``re:`` as compressed-tensors lists what it ignores, or as a shell pattern."""
+    if entry.startswith("re:"):
+        try:
+            return re.match(entry[3:], name) is not None
+        except re.error:
+            return False
+    return fnmatchcase(name, entry) or f".{entry}." in f".{name}."
 
 
 def _named(module: _Module, entries: Iterable[str]) -> bool:

@@ -233,6 +233,10 @@ def _settle_list(
     kwargs: MutableMapping[str, Any], path: Any, options: Mapping[str, Any], *, draft: bool = False
 ) -> None:
     """Fill ``modules_to_not_convert`` in from the checkpoint, or hold the user's list against it."""
+    given = kwargs.get(LIST)
+    if isinstance(given, str) or not all(isinstance(entry, str) for entry in given or ()):
+        # NxD would take each letter of a text for an entry, and quantize nothing
+        raise OptionError(f"{LIST}={given!r}: expected a list of texts, each a part of a module's path")
     try:
         plan = find_plan(path)
     except Fp8LoaderError as error:
@@ -244,7 +248,6 @@ def _settle_list(
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", printable(str(path)), FLAG)
         return
     out, plan = _plain(plan, options), unfused(plan)
-    given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)
         if filled:
@@ -254,17 +257,22 @@ def _settle_list(
     listed, missing = contradictions(plan, [*given, *_experts_of_checkpoints(given)], out)
     if listed:
         log.warning("%s names, so that they are loaded as bfloat16, %s", LIST, listing("FP8 module", listed, 5))
-    instead = [f"{entry}: write {', '.join(found)}" for entry, found in misnamed(plan, given).items()]
-    without = f"NxD Inference has no path with {listing('entry', instead)}" if instead else ""
+    instead = [f"{entry}: write {_some(found)}" for entry, found in misnamed(plan, given).items()]
+    without = f"NxD Inference has no path with {listing('name', instead)}\n" if instead else ""
     if missing:
         problems = [f"not FP8 in the checkpoint, or not loaded so, and not listed: {name}" for name in missing]
         raise OptionError(
             f"{LIST} contradicts {Shown(path)}, {listing('module', problems)}\n"
-            f"{without and without + chr(10)}NxD Inference looks for their scales in vain. "
+            f"{without}NxD Inference looks for their scales in vain. "
             f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
         )
     if without:
-        log.warning("%s holds names of the checkpoint, which do nothing: %s", LIST, without)
+        log.warning("%s holds what does nothing: %s", LIST, without.rstrip())
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------

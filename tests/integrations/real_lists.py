@@ -10,7 +10,6 @@ import functools
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -119,13 +118,14 @@ def test_what_glm_lacks_in_a_list_is_said_at_once(given: list[str]) -> None:
 
 
 @functools.cache
-def kept(module: str) -> Path:
-    """Qwen3-MoE whose publisher kept what is in this module in bfloat16."""
-    fp8, plain = checkpoint("qwen3_moe", "channel")
+def kept(row: Row, module: str) -> Path:
+    """A model whose publisher kept what is in this module in bfloat16."""
+    fp8, plain = checkpoint(*row)
     tensors, twins = (load_file(path / "model.safetensors") for path in (fp8, plain))
-    for name in [n for n in tensors if n.endswith(".weight_scale") and module in n]:
-        weight = name.removesuffix("_scale")
-        del tensors[name]
+    for scale in [n for n in tensors if re.search(r"_scale(_inv)?$", n) and module in n]:
+        weight = re.sub(r"_scale(_inv)?$", "", scale)
+        weight = weight if weight in tensors else weight.removesuffix("_weight")
+        del tensors[scale]
         tensors[weight] = twins[weight].bfloat16()
     path = Path(tempfile.mkdtemp())
     save_file(tensors, path / "model.safetensors")
@@ -133,29 +133,37 @@ def kept(module: str) -> Path:
     return path
 
 
-NAMED = [  # a module's name in the checkpoint, and what NxD has it as
-    ("layers.0.self_attn.q_proj", ["layers.0.self_attn.qkv_proj.q_proj"]),
-    ("layers.0.self_attn.o_proj", ["layers.0.self_attn.o_proj"]),
-    ("layers.1.mlp.experts", [f"layers.1.mlp.expert_mlps.mlp_op.{p}_proj" for p in ("down", "gate_up")]),
+STACKS = [f"layers.1.mlp.expert_mlps.mlp_op.{p}_proj" for p in ("down", "gate_up")]
+QWEN3, MIXTRAL = ("qwen3_moe", "channel", False), ("mixtral", "channel", False)
+LLAMA4, DBRX, DEEPSEEK = ("llama4", "channel", True), ("dbrx", "tensor", False), ("deepseek_v3", "channel", False)
+NAMED: list[
+    tuple[Row, str, str, list[str]]
+] = [  # a module in the checkpoint, what is before it, and what NxD has it as
+    (QWEN3, "model.", "layers.0.self_attn.q_proj", ["layers.0.self_attn.qkv_proj.q_proj"]),
+    (QWEN3, "model.", "layers.0.self_attn.o_proj", ["layers.0.self_attn.o_proj"]),
+    (QWEN3, "model.", "layers.1.mlp.experts", STACKS),
+    (MIXTRAL, "model.", "layers.1.block_sparse_moe.experts", STACKS),
+    (LLAMA4, "language_model.model.", "layers.1.self_attn.k_proj", ["layers.1.self_attn.qkv_proj.k_proj"]),
+    (DBRX, "transformer.", "blocks.0.norm_attn_norm.attn.Wqkv", ["layers.0.self_attn.qkv_proj.Wqkv"]),
+    (DBRX, "transformer.", "blocks.1.norm_attn_norm.attn.out_proj", ["layers.1.self_attn.o_proj"]),
+    (DEEPSEEK, "model.", "layers.1.self_attn.o_proj", ["layers.1.self_attn.o_proj"]),
 ]
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize(("name", "instead"), NAMED)
-def test_names_of_the_checkpoint_match_nothing(name: str, instead: list[str], tp: int) -> None:
+@pytest.mark.parametrize(("row", "root", "name", "instead"), NAMED)
+def test_names_of_the_checkpoint_match_nothing(row: Row, root: str, name: str, instead: list[str]) -> None:
     """FP8 modules stay FP8; what is not FP8 is refused before anything is compiled, with the entries that work."""
-    import families
-
-    given: dict[str, Any] = {"quantization_type": "expert_wise_per_channel_symmetric"}
-    fp8, plain = checkpoint("qwen3_moe", "channel")
-    twins, bf16 = twin("qwen3_moe", plain, tp), kept(name)
-    every = check(shards("qwen3_moe", fp8, tp, **given), twins, experts=HALVED, others=HALVED)
-    for entry in {f"model.{name}", name} - set(instead):
-        listed = {"modules_to_not_convert": ["lm_head", entry], **given}
-        assert check(shards("qwen3_moe", fp8, tp, **listed), twins, experts=HALVED, others=HALVED) == every
+    (fp8, plain), bf16, family, tp = checkpoint(*row), kept(row, name), row[0], 4
+    given = pasted(fp8, "--tp", tp)
+    twins, entries = twin(family, plain, tp), given["modules_to_not_convert"]
+    every = check(shards(family, fp8, tp, **given), twins, experts=HALVED, others=HALVED)
+    for entry in {root + name, name} - set(instead):
+        listed = {**given, "modules_to_not_convert": [*entries, entry]}
+        assert check(shards(family, fp8, tp, **listed), twins, experts=HALVED, others=HALVED) == every
+        listed["quantized_checkpoints_path"] = str(bf16)
         with pytest.raises(OptionError, match="contradicts") as error:
-            families.build("qwen3_moe", bf16, tp_degree=tp, fp8_rescale=True, **listed)
+            shards(family, bf16, tp, **listed)
         assert f"{entry}: write {', '.join(instead)}" in str(error.value)
-    listed = {"modules_to_not_convert": ["lm_head", *instead], **given}
-    names = check(shards("qwen3_moe", bf16, tp, **listed), twins, experts=HALVED, others=HALVED)
+    listed = {**given, "modules_to_not_convert": [*entries, *instead], "quantized_checkpoints_path": str(bf16)}
+    names = check(shards(family, bf16, tp, **listed), twins, experts=HALVED, others=HALVED)
     assert names == {n for n in every if not any(entry in n for entry in instead)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from neuron_fp8_loader import plan_checkpoint
 from neuron_fp8_loader.checkpoint import describe
+from neuron_fp8_loader.integrations import names
 from neuron_fp8_loader.integrations.names import contradictions, misnamed, modules_to_not_convert
 from neuron_fp8_loader.plan import Plan, make_plan
 from tests.support import TINY, shared
@@ -187,6 +189,41 @@ def test_entries_that_only_the_checkpoint_knows(entry: str, instead: list[str] |
         assert all(converted(nxdi_path(name), [entry]) for name in names)
         meant = [nxdi_path(n) for n in names if f"{entry.removesuffix('.weight').rstrip('.')}." in f"{n}."]
         assert {nxdi_path(n) for n in names if not converted(nxdi_path(n), instead)} == set(meant)
+
+
+@pytest.mark.parametrize(
+    ("entry", "instead"),
+    [
+        (
+            r"re:.*layers\.1\.self_attn.*",
+            [f"layers.1.self_attn.{p}" for p in ("o_proj", *(f"qkv_proj.{q}_proj" for q in "kqv"))],
+        ),
+        ("re:.*lm_head", ["lm_head"]),
+        ("*.1.self_attn.o_proj", ["layers.1.self_attn.o_proj"]),
+        ("re:.*mlp.gate$", None),  # a router
+        ("re:(", None),
+        ("layers.[", None),
+    ],
+)
+def test_patterns_are_texts_to_nxd(entry: str, instead: list[str] | None) -> None:
+    plan = plan_of([*layer(1, "attn"), *layer(11, "attn", "mlp")], layer(1, "mlp.gate"))
+    assert misnamed(plan, [entry]) == ({} if instead is None else {entry: instead})
+
+
+def test_a_long_list_is_held_against_many_experts_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3 has 58 layers of 256 experts, and lists name modules one by one."""
+    asked: list[str] = []
+    experts = [f"model.layers.{n}.mlp.experts.{e}.{p}" for n in range(4) for e in range(50) for p in MLP]
+    plan = plan_of(experts, [])
+    real = names._named
+
+    def counted(module: Any, entries: list[str]) -> bool:
+        asked.append(module.name)
+        return real(module, entries)
+
+    monkeypatch.setattr(names, "_named", counted)
+    assert contradictions(plan, ["lm_head", "layers.9.mlp"]) == ([], [])
+    assert len(asked) <= 4 * 2 + 1
 
 
 def test_latent_attention_has_its_q_proj_where_the_checkpoint_has_it() -> None:

@@ -160,6 +160,22 @@ class TestModulesToNotConvert:
         assert "not listed: model.layers.1.self_attn.q_proj" in text
         assert "['layers.0.self_attn', 'layers.1.self_attn', 'lm_head']" in text  # what to write
 
+    @pytest.mark.parametrize("given", ["lm_head", ["lm_head", None], [3], [b"lm_head"]], ids=str)
+    def test_what_is_no_list_of_texts_is_refused(self, enabled: Standin, tmp_path: Path, given: Any) -> None:
+        """Of a text NxD takes each letter for an entry: no module is without an ``e``."""
+        path = write(tmp_path, state_dict())
+        for where in (path, str(tmp_path / "nowhere")):
+            with pytest.raises(OptionError, match="expected a list of texts"):
+                enabled.config.NeuronConfig(**settings(where, modules_to_not_convert=given))
+
+    @pytest.mark.parametrize("entry", ["", ".", "l"])
+    def test_an_entry_that_is_part_of_every_path(
+        self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: str
+    ) -> None:
+        path = write(tmp_path, state_dict())
+        enabled.config.NeuronConfig(**settings(path, modules_to_not_convert=["lm_head", entry]))
+        assert "so that they are loaded as bfloat16, 6 FP8 modules" in caplog.text
+
     def test_names_of_the_checkpoint_are_said_to_do_nothing(
         self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -167,7 +183,9 @@ class TestModulesToNotConvert:
         given = {"modules_to_not_convert": ["lm_head", name]}
         enabled.config.NeuronConfig(**settings(write(tmp_path / "fp8", state_dict()), **given))
         assert "loaded as bfloat16" not in caplog.text
-        assert f"which do nothing: NxD Inference has no path with 1 entry:\n  - {name}: write {path}" in caplog.text
+        assert (
+            f"holds what does nothing: NxD Inference has no path with 1 name:\n  - {name}: write {path}" in caplog.text
+        )
         floats = write(tmp_path / "floats", state_dict(plain=("layers.0.self_attn",)))
         with pytest.raises(
             OptionError, match=rf"not listed: {name}\nNxD Inference has no path.*\n  - {name}: write {path}"
