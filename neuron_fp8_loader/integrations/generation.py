@@ -61,6 +61,10 @@ def _read_by_the_kernel(model: torch.nn.Module, batch: int) -> Iterator[tuple[st
 
 
 def _runs(module: Any, batch: int) -> bool:
-    """NxD's own answer, for one token of each prompt of a batch on a device."""
-    shape = [batch, 1] if module.sequence_dimension == 1 else [1, batch]
-    return bool(module._can_use_nki_kernel("moe_fused", torch.empty(*shape, module.hidden_size, device="meta")))
+    """NxD's own answer, for one token of each prompt of a batch on a device; False from a version that has none."""
+    try:
+        shape = [batch, 1] if module.sequence_dimension == 1 else [1, batch]
+        hidden = torch.empty(*shape, module.hidden_size, device="meta")
+        return bool(module._can_use_nki_kernel("moe_fused", hidden))
+    except (AttributeError, TypeError):
+        return False

@@ -70,6 +70,9 @@ def test_experts_without_scales(enabled: Standin, tmp_path: Path) -> None:
     build(enabled, path, MoEFusedTKG(True, True, [None, None]), prefill=True)
     build(enabled, path, MoEFusedTKG(True, True, [None, None]), fp8_rescale=False)
     build(enabled, path, MoEFusedTKG(None, True, [None, None]), batch_size=65)
+    unknown = MoEFusedTKG(True, True, [None, None])
+    unknown._can_use_nki_kernel = None  # type: ignore[assignment,method-assign]
+    build(enabled, path, unknown)
 
 
 def test_scales_that_are_no_rows(enabled: Standin, tmp_path: Path) -> None:
