@@ -82,8 +82,9 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
     form = takes(type(self))
     # MiniMax-M2 speaks of scales that a script made, and has no list
     own = quantizes_itself(type(self)) and (form is None or form.stacked)
-    given: list[str] = getattr(neuron_config, LIST, None) or []
-    plan = _plan_for(neuron_config) if options_given and own and acts() and given else None
+    given: list[str] = list(getattr(neuron_config, LIST, None) or ())
+    own = own and options_given and bool(given) and bool(getattr(neuron_config, "quantized", False)) and acts()
+    plan = _plan_for(neuron_config) if own else None
     shared = form.shared if form is not None else ""
     if plan is not None and given == modules_to_not_convert(plan, _plain(plan, _options(neuron_config))):
         more = []

@@ -280,14 +280,11 @@ def test_one_shard_alone(tmp_path: Path) -> None:
 # -- mixtures of experts -------------------------------------------------------------------------------------------
 
 MIXTURES = [
-    ("qwen3_moe", "block", None),
     ("qwen3_moe", "block", "blockwise"),
-    ("qwen3_moe", "channel", "expert_wise"),
     ("deepseek_v3", "block", "blockwise"),
     ("dbrx", "tensor", None),
     ("dbrx", "channel", None),
     ("dbrx", "block", None),
-    ("dbrx", "mx", None),
 ]
 
 

@@ -418,6 +418,8 @@ def test_a_class_with_a_list_of_its_own_says_what_another_lacks(
     for given in (works[:2], works[:3], ["lm_head", "layers.0.", "layers.1.mlp", "self_attn"]):
         with pytest.raises(OptionError, match=r"lacks .*shared_expert'"):
             listed(given)
+    listed(["lm_head"], quantized=False)
+    listed(["lm_head"], fp8_rescale=False)
     # its own list would leave these out
     found = listed(None, fp8_rescale={"dequantize": ["*.experts.*"]})
     assert {"layers.1.feed_forward.moe", "self_attn", "layers.0.mlp", "shared_expert", "lm_head"} <= {*found}
