@@ -17,6 +17,7 @@ import torch
 import neuron_fp8_loader
 from neuron_fp8_loader.tools.export import prepare_export
 
+from . import nxdi_experts
 from .common import WrongAnswer, console, interleaved, out_option, summarize, table, write
 
 HARNESS = "NEURON_FP8_NXDI_HARNESS"
@@ -73,12 +74,35 @@ def line(results: dict[str, Any], nbytes: int) -> str:
     )
 
 
+def experts(layers: int, repeats: int, out: Path) -> None:
+    """The table "Experts under the flag" of docs/performance.md."""
+    with tempfile.TemporaryDirectory(prefix="neuron-fp8-bench-") as directory:
+        made = nxdi_experts.make_model(Path(directory) / "checkpoint", layers)
+        results = nxdi_experts.compare(made, os.environ[HARNESS], repeats)
+    span = nxdi_experts.span
+    rows = [
+        [name, span(r["runs_s"], 2), span(r["cpu_s"], 2), f"{span(r['peak_over_size'], 2)} x"]
+        for name, r in results.items()
+    ]
+    size = f"{layers} layers of {nxdi_experts.EXPERTS} experts, {made.nbytes / 2**30:.2f} GiB"
+    table(f"Qwen3-MoE, {size}", ("", "s", "CPU s", "peak memory / size"), rows)
+    write(out, "nxdi_experts", {"layers": layers, "repeats": repeats}, results)
+
+
+LAYERS = {"llama": 20, "qwen3_moe": 14}
+
+
 @click.command(context_settings={"show_default": True})
-@click.option("--layers", type=click.IntRange(1), default=20, help="Some 50 MiB each.")
+@click.option(
+    "--model", type=click.Choice(list(LAYERS)), default="llama", help="qwen3_moe: experts, in fresh processes."
+)
+@click.option(
+    "--layers", type=click.IntRange(1), help="Some 50 MiB each (qwen3_moe: 72).", show_default="20; qwen3_moe: 14"
+)
 @click.option("--hidden", type=click.IntRange(256), default=2048, help="A multiple of 256.")
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Rounds.")
 @out_option
-def main(layers: int, hidden: int, repeats: int, out: Path) -> None:
+def main(model: str, layers: int | None, hidden: int, repeats: int, out: Path) -> None:
     """Time get_state_dict and shard_checkpoint of the real NxD Inference on a Llama of some 1 GiB.
 
     Wants NXD_SRC and NXDI_SRC, checkouts of neuronx-distributed and neuronx-distributed-inference, and
@@ -89,9 +113,18 @@ def main(layers: int, hidden: int, repeats: int, out: Path) -> None:
     both have to do in the end is in shard_checkpoint, which calls it, pays for the pages that were mapped, and writes
     each rank's part; it is timed with what maps these files again. The page cache is warm: the checkpoints have just
     been written. Wants 5 GiB of disk, and 4 of memory.
+
+    With --model qwen3_moe: CPU seconds and peak memory of get_state_dict under the flag, on 16 experts a layer of
+    768x2048 with a scale a row, beside load_file with clone(), which stacks nothing, and experts="fused"; set
+    OMP_NUM_THREADS=1 for one thread of torch's. The harness's folder needs a families.py with build. Wants 1.1 GiB of
+    disk, and 3 of memory.
     """
+    layers = layers or LAYERS[model]
     if missing():
         console.print(f"[yellow]left out: {missing()}[/yellow]")
+        return
+    if model == "qwen3_moe":
+        experts(layers, repeats, out)
         return
     sys.path.insert(0, os.environ[HARNESS])
     neuron_fp8_loader.enable()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import many, nxdi, share, threads
+from benchmarks import many, nxdi, nxdi_experts, share, threads
 from benchmarks.contenders import OURS, REFERENCE
 from benchmarks.made import make
+from neuron_fp8_loader import plan_checkpoint
 from neuron_fp8_loader.checkpoint import open_checkpoint, runs
 from neuron_fp8_loader.codes import kernel
 from neuron_fp8_loader.host.parallel import PIECE
@@ -49,13 +50,24 @@ def test_threads_and_the_projection(tmp_path: Path) -> None:
     assert threads.projection(0.5, 10**9, 2.0) == {"one": 2.0, "asked": 64.0, "cap": 2**20 / 2e3}
 
 
-def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [[], ["--model", "qwen3_moe"]])
+def test_without_the_sources_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     for name in nxdi.NEEDED:
         monkeypatch.delenv(name, raising=False)
-    done = CliRunner().invoke(nxdi.main, [])
+    monkeypatch.setattr(nxdi, "experts", pytest.fail)
+    done = CliRunner().invoke(nxdi.main, options)
     assert done.exit_code == 0
     assert "NXD_SRC" in nxdi.missing()
     assert "NXDI_SRC" in nxdi.missing()
+
+
+def test_experts_beside_a_plain_load(tmp_path: Path) -> None:
+    """What needs no sources: a whole model, whose experts come out as the checkpoint has them."""
+    made = nxdi_experts.make_model(tmp_path / "c", layers=2, experts=3, inner=128, hidden=256)
+    assert {pair.granularity.kind for pair in plan_checkpoint(made.directory).pairs} == {"row"}
+    found = nxdi_experts.compare(made, "", 1, (nxdi_experts.PLAIN, nxdi_experts.FUSED))
+    assert all(len(r["cpu_s"]) == len(r["peak_over_size"]) == 1 for r in found.values())
+    assert (nxdi_experts.span([2.0, 1.25], 1), nxdi_experts.span([0.5], 2)) == ("1.2-2.0", "0.50")
 
 
 def test_the_line_for_the_readme() -> None:

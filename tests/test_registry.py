@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_bytes_kept, assert_pair_kept, bf16_bits, to_bf16
 from safetensors.torch import save_file
-from support import ROOT
+from support import ROOT, TINY
 
 from neuron_fp8_loader import OptionError, Plan, PlanError, conventions, load_checkpoint, plan_checkpoint
 from neuron_fp8_loader.integrations.keys import nxd_names
@@ -177,6 +178,23 @@ def test_the_registry_prints() -> None:
     for rule in conventions.conventions():
         assert rule.name in run.stdout
         assert rule.producers in run.stdout
+
+
+CLI = "from neuron_fp8_loader.cli import main; main({})"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "program", [("-m", "neuron_fp8_loader.conventions"), ("-c", CLI.format(["inspect", str(TINY)]))]
+)
+def test_a_reader_that_has_gone_is_no_error(program: tuple[str, str], unbuffered: str) -> None:
+    """As ``| head -1``: what is not read is not missed, now or when the process ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command, environment = [sys.executable, *program], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with os.fdopen(writing, "wb") as gone:
+        run = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    assert run.stderr == ""
 
 
 def test_the_documentation_is_in_step() -> None:

@@ -17,6 +17,7 @@ from .console import (
     checkpoint_argument,
     choice,
     echo,
+    experts_option,
     json_option,
     one_line,
     print_json,
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
     from ..tools.settings import PluginSettings, Settings
 
 # inference_demo has no options for these; this hands them to its NeuronConfig
-_NO_OPTION = ("fp8_rescale", "quantization_block_axis", "quantization_block_size")
+_NO_OPTION = (
+    "fp8_rescale",
+    "quantization_block_axis",
+    "quantization_block_size",
+    "moe_fused_nki_kernel_enabled",
+)
 _LAUNCH = """\
 import argparse, neuron_fp8_loader
 from neuronx_distributed_inference import inference_demo as demo
@@ -51,11 +57,7 @@ _MODULES_FILE = "modules_to_not_convert.json"
 @click.option("--moe-tp", "moe_tp_degree", type=click.IntRange(min=1), help="Ranks that share each expert.")
 @click.option("--moe-ep", "moe_ep_degree", type=click.IntRange(min=1), help="Groups of ranks, each with its experts.")
 @choice("method")
-@click.option(
-    "--experts",
-    type=click.Choice(["expert_wise", "blockwise"]),
-    help="Scales of FP8 experts: one an output row of each (the default, faster), or the checkpoint's blocks.",
-)
+@experts_option("experts")
 @click.option(
     "--modules-file", metavar="FILE", help="Write modules_to_not_convert to FILE, as inference_demo reads it."
 )
@@ -88,7 +90,6 @@ def config(
       neuron-fp8 config ./Qwen3-235B-A22B-FP8 --tp 64 --moe-ep 16
       neuron-fp8 config ./Qwen3-8B-FP8 --for vllm-neuron
     """
-    from ..integrations.flag import BLOCKWISE, parse
     from ..tools.settings import plugin_settings_for, settings_for
     from ..tools.shards import Target, beside
 
@@ -116,9 +117,7 @@ def config(
         moe_ep_degree=moe_ep_degree,
     )
     if settings.fp8:
-        told = settings.neuron_config
-        given = {"method": method, "threads": threads, **(parse(told["fp8_rescale"]) or {})}
-        _refuse(ctx, stack, headers_only, given, blocks=told["quantization_type"] == BLOCKWISE)
+        _refuse(ctx, stack, headers_only, {"method": method, "threads": threads}, experts)
     if modules_file and settings.fp8:
         names = settings.neuron_config["modules_to_not_convert"]
         target = Path(modules_file)
@@ -146,20 +145,15 @@ def config(
 
 
 def _refuse(
-    ctx: click.Context, stack: str, headers_only: bool, given: dict[str, Any], *, blocks: bool = False
+    ctx: click.Context, stack: str, headers_only: bool, given: dict[str, Any], experts: str | None = None
 ) -> None:
     """End with the reasons for which ``inspect`` says that the load would be refused, if there are any."""
     from ..checkpoint import open_checkpoint
-    from ..integrations.modules import experts_of, patterns
-    from ..plan import plan_for
     from ..tools.scan import scan
     from ..tools.stacks import aim_for
 
     checkpoint = open_checkpoint(ctx.params["ckpt"])
-    if blocks:
-        plan = plan_for(checkpoint)
-        given["keep"] = patterns(plan, experts_of(plan))
-    aim = aim_for(checkpoint, stack, given)
+    aim = aim_for(checkpoint, stack, given, experts)
     refusals = aim.refusals
     if not headers_only:
         refusals = scan(checkpoint, aim.recipe, aim.options, aim.refusals).refusals

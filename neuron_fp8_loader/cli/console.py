@@ -161,10 +161,21 @@ def choice(name: str) -> Callable[[F], F]:
     return click.option(flag, type=click.Choice(words), default=words[0], show_default=True, help=_HELP[name])
 
 
+def experts_option(name: str) -> Callable[[F], F]:
+    """``--experts``, handed on as ``name``."""
+    return click.option(
+        "--experts",
+        name,
+        type=click.Choice(["expert_wise", "blockwise"]),
+        help="Scales of FP8 experts: one an output row of each (the default, faster), or the checkpoint's blocks.",
+    )
+
+
 def load_options(function: F) -> F:
     """The stack that a load is for, and the options that change its result: those of ``What``."""
     options: list[Callable[[F], F]] = [
         stack_option,
+        experts_option("experts_as"),
         choice("method"),
         click.option("--always", is_flag=True, help="Rescale weights that fit +-240 already, too."),
         # these two are for those who load; inspect, verify and export go tensor by tensor

@@ -64,6 +64,7 @@ def inspect(
     threads: int | None,
     as_json: bool,
     stack: str,
+    experts_as: str | None,
     **load: Any,
 ) -> None:
     """What is in CKPT, what Neuron would read, and what the load that `neuron-fp8 config` prints would do.
@@ -88,7 +89,7 @@ def inspect(
         if headers_only:
             raise click.UsageError("--plot needs the weights; leave out --headers-only")
     checkpoint = open_checkpoint(ckpt, headers_only=headers_only)
-    aim = aim_for(checkpoint, stack, {**load, "threads": threads})
+    aim = aim_for(checkpoint, stack, {**load, "threads": threads}, experts_as)
     plan = aim.recipe.plan
     other = other_kind(plan, stack, config_in(checkpoint.directory).get("model_type"))
     found = None if headers_only else scan(checkpoint, aim.recipe, aim.options, aim.refusals)
@@ -111,7 +112,7 @@ def as_data(ckpt: str, checkpoint: Checkpoint, aim: Aim, other: Other | None, fo
     from ..tools.settings import nxd_layout
 
     plan = aim.recipe.plan
-    quantization_type, layout = nxd_layout(plan)
+    quantization_type, layout = nxd_layout(plan, aim.experts)
     rescaled = frozenset(found.rescaled) if found else frozenset()
     data: dict[str, Any] = {
         "checkpoint": ckpt,
@@ -249,7 +250,7 @@ def _aim(aim: Aim) -> list[tuple[str, str]]:
         return [("for vLLM", str(aim.design))]
     if not plan.pairs:
         return []
-    return [("for NxD", ": ".join(nxd_layout(plan)))]
+    return [("for NxD", ": ".join(nxd_layout(plan, aim.experts)))]
 
 
 def _show_codes(out: Console, found: Scan, top: int) -> None:

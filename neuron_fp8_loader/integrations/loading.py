@@ -28,6 +28,7 @@ from .experts import parts_of
 from .explain import explained
 from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
 from .fused_scales import Form, attach_scales
+from .generation import check_fused_kernel
 from .keys import nxd_names, quantizes_itself, reads_scale_inv, renamed
 from .modules import Modules, check_plain, experts_of, modules_of, not_quantized, one_each, patterns
 from .names import paths_of, short_name
@@ -315,5 +316,9 @@ def load_module(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     """``DecoderModelInstance.load_module``, which swaps layers for quantized ones."""
     if parse(getattr(self.neuron_config, FLAG, None)) is None:
         return original(self, *args, **kwargs)
-    with explained(getattr(self.model_cls, "__name__", "the model")):
-        return original(self, *args, **kwargs)
+    name = getattr(self.model_cls, "__name__", "the model")
+    with explained(name):
+        result = original(self, *args, **kwargs)
+    if isinstance(self.module, torch.nn.Module):
+        check_fused_kernel(self.module, self.neuron_config, name)
+    return result

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ..conventions import module_of
 from ..errors import listing, printable
@@ -32,11 +33,14 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_\w+|\w*embeddings?|wte|wpe)$")
 _ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)\.(gate|router|router\.layer|gate\.wg)$")
 _EXPERT = re.compile(r"\.(experts(\.\d+)?\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3))$")
 _SHARED = re.compile(r"\.shared_experts?(?=\.|$)")
+_SHARED_OF_LAYER = re.compile(r"(^layers\.\d+)\.mlp\.shared_experts(?=\.)")  # where GLM-5.2 has them
 _QKV = re.compile(r"\.(self_attn|attn|attention)\.(?P<part>[qkv]_proj)$")
 # what NxD Inference builds from layers that it quantizes, in every model
 _QUANTIZED = re.compile(r"(^lm_head|\.(([qkvo]|qkv|gate|up|gate_up|down)_proj|Wqkv|w1|w2|w3)|\.A_log|\.dt_bias)$")
 # latent attention multiplies by this weight itself: a quantized layer there would never apply its scales
 _ABSORBED = re.compile(r"\.kv_b_proj$")
+_LATENT = ".kv_a_proj_with_mqa"
+_PATTERN = re.compile(r"^re:|[*?\[]")
 # vectors of linear attention (Qwen3.5), which its port keeps in layers so that they are sharded
 _VECTORS = re.compile(r"\.linear_attn\.(A_log|dt_bias)$")
 # DBRX
@@ -51,7 +55,7 @@ class _Module:
     Attributes:
         name: in the checkpoint, e.g. ``model.layers.0.self_attn.q_proj``.
         entry: how a list names it, and nothing but it, e.g. ``layers.0.self_attn.qkv_proj.q_proj``.
-        paths: the paths that it may have in NxD Inference, and its own without ``model.``.
+        paths: the paths that it may have in NxD Inference: whose model it is is not known here.
     """
 
     name: str
@@ -106,14 +110,58 @@ def contradictions(plan: Plan, given: Iterable[str], dequantized: Collection[str
         nor in the list, whose scales would be looked for in vain. Of the latter only those that every model of
         NxD Inference quantizes: projections of attention and MLP, experts, ``lm_head``. Names of the checkpoint.
     """
-    entries = [entry for entry in given if entry]
+    entries, known = list(given), {}
     fp8, plain = _modules(plan, dequantized)
+    for module in (*fp8, *plain):
+        if module.paths not in known:  # those of all experts of a layer are the same
+            known[module.paths] = _named(module, entries)
+    missing = [m.name for m in plain if _QUANTIZED.search(m.paths[0]) and not known[m.paths]]
+    return [m.name for m in fp8 if known[m.paths]], missing
 
-    def named(module: _Module) -> bool:
-        return any(entry in path for entry in entries for path in (module.name, *module.paths))
 
-    missing = [m.name for m in plain if _QUANTIZED.search(m.paths[0]) and not named(m)]
-    return [m.name for m in fp8 if named(m)], missing
+def misnamed(plan: Plan, given: Iterable[str]) -> dict[str, list[str]]:
+    """Entries that name modules as the checkpoint does, or by a pattern: they are part of no path, and match nothing.
+
+    Args:
+        plan: of the checkpoint.
+        given: ``modules_to_not_convert``.
+
+    Returns:
+        entry -> the entries to write instead, which match the same modules and no others. Entries that mean no module
+        which could be quantized are not in it: routers, norms, other towers.
+    """
+    fp8, plain = _modules(plan, ())
+    modules = [*fp8, *plain]
+    paths = {path for module in modules for path in module.paths}
+    text = "\n".join(f".{module.name}." for module in modules)  # one search of it is quicker than one of each
+    found = {}
+    for entry in given:
+        if any(entry in path for path in paths):
+            continue
+        name = entry.removesuffix(".weight").strip(".")
+        if f".{name}." not in text and not _PATTERN.search(name):
+            continue
+        meant = {m.name: m for m in modules if _means(name, m.name)}
+        if not meant:
+            continue
+        short = short_name(name)
+        whole = [e for e in (short, f"{short}.") if {m.name for m in modules if _named(m, [e])} == meant.keys()]
+        found[entry] = whole[:1] or sorted({m.entry for m in meant.values()}, key=_natural)
+    return found
+
+
+def _means(entry: str, name: str) -> bool:
+    """By its parts; with ``re:`` as compressed-tensors lists what it ignores, or as a shell pattern."""
+    if entry.startswith("re:"):
+        try:
+            return re.match(entry[3:], name) is not None
+        except re.error:
+            return False
+    return fnmatchcase(name, entry) or f".{entry}." in f".{name}."
+
+
+def _named(module: _Module, entries: Iterable[str]) -> bool:
+    return any(entry in path for entry in entries for path in module.paths)
 
 
 def short_name(name: str) -> str:
@@ -122,8 +170,8 @@ def short_name(name: str) -> str:
 
 
 def paths_of(module: str) -> tuple[str, ...]:
-    """The paths that a module of the checkpoint may have in NxD Inference."""
-    return _module(module).paths
+    """The paths that a module of the checkpoint may have in NxD Inference, and its own without ``model.`` first."""
+    return tuple(dict.fromkeys((short_name(module), *_module(module).paths)))
 
 
 def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[str]:
@@ -153,7 +201,11 @@ def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], l
     )
     if tied:
         plain.append("lm_head")
-    return [_module(name) for name in fp8], [_module(name) for name in plain if _can_be_quantized(name)]
+    latent = {name.rpartition(".")[0] for name in (*fp8, *plain) if name.endswith(_LATENT)}
+    return (
+        [_module(name, latent) for name in fp8],
+        [_module(name, latent) for name in plain if _can_be_quantized(name)],
+    )
 
 
 def _can_be_quantized(name: str) -> bool:
@@ -164,7 +216,8 @@ def _can_be_quantized(name: str) -> bool:
     return _BLOCK.match(short) is not None or _LAYER.search(short) is None
 
 
-def _module(name: str) -> _Module:
+def _module(name: str, latent: Collection[str] = ()) -> _Module:
+    """``latent``: what holds the projections of latent attention, which has its q_proj as the checkpoint has it."""
     short = _PREFIX.sub("", name)
     if short.startswith("blocks."):
         return _of_block(name, short)
@@ -172,7 +225,9 @@ def _module(name: str) -> _Module:
     qkv, expert = _QKV.search(renamed), _EXPERT.search(renamed)
     if qkv:
         head = renamed[: qkv.start("part")] + "qkv_proj."
-        return _Module(name, head + qkv["part"], (short, head + qkv["part"], head + "Wqkv"))
+        if name.rpartition(".")[0] in latent:
+            return _Module(name, renamed, (renamed,))
+        return _Module(name, head + qkv["part"], (head + qkv["part"], head + "Wqkv"))
     if expert:
         # w1, w3: gate and up; w2: down (Mixtral, MiniMax). NxD keeps all experts in one tensor a projection.
         proj = "down_proj" if expert["proj"] in ("down_proj", "w2") else "gate_up_proj"
@@ -180,11 +235,15 @@ def _module(name: str) -> _Module:
         if block.endswith(".feed_forward."):  # Llama 4
             block += "moe."
         entry = f"{block}expert_mlps.mlp_op.{proj}"
-        return _Module(name, entry, (short, entry))
+        own = ".block_sparse_moe." if ".block_sparse_moe." in short else ".mlp."  # MiniMax keeps the block's name
+        return _Module(name, entry, (entry, entry.replace(".mlp.", own)))
     if renamed.endswith(".o_proj"):
         return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))
-    if renamed.endswith((".shared_experts.gate_proj", ".shared_experts.up_proj")):
-        return _Module(name, renamed, (short, renamed, renamed.rpartition(".")[0] + ".gate_up_proj"))
+    if ".shared_experts." in renamed:
+        paths = [short, renamed, _SHARED_OF_LAYER.sub(r"\1.shared_expert", renamed)]
+        if renamed.endswith((".gate_proj", ".up_proj")):
+            paths.append(renamed.rpartition(".")[0] + ".gate_up_proj")
+        return _Module(name, renamed, tuple(paths))
     return _Module(name, renamed, (short, renamed))
 
 
@@ -193,12 +252,14 @@ def _of_block(name: str, short: str) -> _Module:
     renamed = _ATTENTION_OF_BLOCK.sub(r"layers.\1.self_attn.", short).removesuffix("_weight")
     if renamed.endswith(".self_attn.out_proj"):
         renamed = renamed.removesuffix("out_proj") + "o_proj"
-        return _Module(name, renamed, (short, renamed, renamed + ".o_proj"))
+        return _Module(name, renamed, (renamed, renamed + ".o_proj"))
+    if renamed.endswith(".self_attn.Wqkv"):
+        renamed = renamed.removesuffix("Wqkv") + "qkv_proj.Wqkv"
     expert = _FFN_OF_BLOCK.match(renamed)
     if expert and expert[2]:
         proj = "down_proj" if renamed.endswith(".w2") else "gate_up_proj"
         renamed = f"layers.{expert[1]}.ffn.expert_mlps.mlp_op.{proj}"
-    return _Module(name, renamed, (short, renamed))
+    return _Module(name, renamed, (renamed,))
 
 
 def _from_wide_to_narrow(module: _Module) -> Iterator[str]:

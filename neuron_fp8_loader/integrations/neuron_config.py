@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -15,7 +16,7 @@ from ..plan import Plan, make_plan, plan_checkpoint
 from .flag import BLOCKWISE, FLAG, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import experts_of, with_bias
-from .names import contradictions, modules_to_not_convert
+from .names import absorbed, contradictions, misnamed, modules_to_not_convert, short_name
 from .places import here, is_store
 from .qkv import parts_dequantized, unfused
 from .stacks import FAMILIES, takes
@@ -23,6 +24,9 @@ from .stacks import FAMILIES, takes
 log = logging.getLogger("neuron_fp8_loader")
 
 LIST = "modules_to_not_convert"
+_OF_LAYER = re.compile(r"^layers\.(?P<number>\d+)")
+_MLP_SHARED = re.compile(r"\.mlp\.shared_experts?\.")
+_BESIDE = re.compile(r"^layers\.\d+\.mlp\.(shared_experts?\.)?(gate|up|down)_proj$")
 _LAYER = re.compile(r"^layers\.\d+$")
 _AMONG = re.compile(r"^(?P<layer>layers\.\d+)\.mlp(\.expert_mlps(?P<proj>\.mlp_op\.\w+)?)?$")
 # without them XLA and the compiler take e4m3fn constants and casts for what they are on a GPU
@@ -78,12 +82,25 @@ def init_inference_config(original: Callable[..., None], self: Any, neuron_confi
     form = takes(type(self))
     # MiniMax-M2 speaks of scales that a script made, and has no list
     own = quantizes_itself(type(self)) and (form is None or form.stacked)
-    if options_given and own and acts():
-        neuron_config_list = getattr(neuron_config, LIST, None)
-        if neuron_config_list and neuron_config_list == _filled(neuron_config):
-            setattr(neuron_config, LIST, None)
+    given: list[str] = list(getattr(neuron_config, LIST, None) or ())
+    own = own and options_given and bool(given) and bool(getattr(neuron_config, "quantized", False)) and acts()
+    plan = _plan_for(neuron_config) if own else None
+    shared = form.shared if form is not None else ""
+    if plan is not None and given == modules_to_not_convert(plan, _plain(plan, _options(neuron_config))):
+        more = []
+        if form is not None and shared and any(_experts_in(form.block, given)):  # its own would leave them out
+            more = [*_unlisted(plan, shared, given, math.inf), "self_attn"]
+        setattr(neuron_config, LIST, [*given, *more] if more else None)
+        plan = None
     original(self, neuron_config, *args, **kw)
-    given = getattr(neuron_config, LIST, None)
+    if plan is not None and shared:
+        more = _unlisted(plan, shared, given, getattr(self, "num_hidden_layers", math.inf))
+        if more:
+            raise OptionError(
+                f"{LIST}={given} lacks {more}, which {type(self).__name__} has in bfloat16, whatever the checkpoint "
+                f"holds. Leave {LIST} out, for the model's own, or set {LIST}={[*given, *more]}"
+            )
+    given = getattr(neuron_config, LIST, None) or []
     if options_given and form is not None and form.block and given:
         entries = [*given, *_experts_in(form.block, given)]
         setattr(neuron_config, LIST, list(dict.fromkeys(entries)))
@@ -109,14 +126,34 @@ def _experts_of_checkpoints(entries: Iterable[str]) -> Iterator[str]:
                 yield f"{layer}.mlp{rest or '.expert_mlps'}"
 
 
-def _filled(neuron_config: Any) -> list[str] | None:
-    """The list that is filled in for a config; None without a checkpoint, or for one that no class reads."""
+def _plan_for(neuron_config: Any) -> Plan | None:
+    """The plan of a config's checkpoint; None without one, or for one that no class reads."""
     try:
         plan = find_plan(getattr(neuron_config, "quantized_checkpoints_path", None))
     except Fp8LoaderError:
         return None
-    options = parse(getattr(neuron_config, FLAG, None)) or {}
-    return None if plan is None or plan.interleaved else modules_to_not_convert(plan, _plain(plan, options))
+    return None if plan is None or plan.interleaved else plan
+
+
+def _options(neuron_config: Any) -> dict[str, Any]:
+    return parse(getattr(neuron_config, FLAG, None)) or {}
+
+
+def _unlisted(plan: Plan, shared: str, given: Iterable[str], layers: float) -> list[str]:
+    """Entries that a list lacks for a class with ``Takes.shared``, for its first layers.
+
+    They are of what the model has in bfloat16 whatever the checkpoint holds: MLPs that are not experts, and what
+    latent attention multiplies by itself.
+    """
+    found: dict[str, None] = {}
+    beside = [pair.module for pair in plan.pairs if _BESIDE.match(short_name(pair.module))]
+    for name in map(short_name, [*absorbed(plan), *beside]):
+        layer, path = _OF_LAYER.match(name), _MLP_SHARED.sub(f".{shared}.", name)
+        if layer is None or int(layer["number"]) >= layers or any(entry in path for entry in given):
+            continue
+        entry = f"{layer[0]}.mlp" if ".mlp." in path else shared if path != name else name.rpartition(".")[2]
+        found[entry] = None
+    return list(found)
 
 
 def _plain(plan: Plan, options: Mapping[str, Any]) -> set[str]:
@@ -197,6 +234,10 @@ def _settle_list(
     kwargs: MutableMapping[str, Any], path: Any, options: Mapping[str, Any], *, draft: bool = False
 ) -> None:
     """Fill ``modules_to_not_convert`` in from the checkpoint, or hold the user's list against it."""
+    given = kwargs.get(LIST)
+    if isinstance(given, str) or not all(isinstance(entry, str) for entry in given or ()):
+        # NxD would take each letter of a text for an entry, and quantize nothing
+        raise OptionError(f"{LIST}={given!r}: expected a list of texts, each a part of a module's path")
     try:
         plan = find_plan(path)
     except Fp8LoaderError as error:
@@ -208,7 +249,6 @@ def _settle_list(
         log.warning("%s: %s is set, but there are no float8_e4m3fn weights here", printable(str(path)), FLAG)
         return
     out, plan = _plain(plan, options), unfused(plan)
-    given = kwargs.get(LIST)
     if not given:
         filled = modules_to_not_convert(plan, out)
         if filled:
@@ -218,13 +258,22 @@ def _settle_list(
     listed, missing = contradictions(plan, [*given, *_experts_of_checkpoints(given)], out)
     if listed:
         log.warning("%s names, so that they are loaded as bfloat16, %s", LIST, listing("FP8 module", listed, 5))
+    instead = [f"{entry}: write {_some(found)}" for entry, found in misnamed(plan, given).items()]
+    without = f"NxD Inference has no path with {listing('name', instead)}\n" if instead else ""
     if missing:
         problems = [f"not FP8 in the checkpoint, or not loaded so, and not listed: {name}" for name in missing]
         raise OptionError(
             f"{LIST} contradicts {Shown(path)}, {listing('module', problems)}\n"
-            f"NxD Inference looks for their scales in vain. "
+            f"{without}NxD Inference looks for their scales in vain. "
             f"Leave {LIST} out to have it filled in, as {modules_to_not_convert(plan, out)}"
         )
+    if without:
+        log.warning("%s holds what does nothing: %s", LIST, without.rstrip())
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------

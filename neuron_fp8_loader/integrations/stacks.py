@@ -33,6 +33,8 @@ class Takes:
         flat: does the model have the experts of a layer in three matrices ``experts.mlp.{gate, up, down}``, one expert
             below another, each [out, in] but for ``down``, which is [in, out]?
         count: for such, where the model's configuration says how many experts there are.
+        shared: the path of shared experts in a layer, of a model whose conversion makes bfloat16 of all MLPs but the
+            experts, so that a list must name them.
         reads: does the application's ``get_state_dict`` read safetensors past NxD Inference's functions, and is it
             otherwise as NxD Inference's own, which is then called instead?
     """
@@ -44,6 +46,7 @@ class Takes:
     block: str = ""
     flat: bool = False
     count: str = ""
+    shared: str = ""
     reads: bool = False
 
     def experts(self, config: Any) -> int:
@@ -57,7 +60,7 @@ FAMILIES = {
     "llama4": Takes(stacked=True),
     "dbrx": Takes(stacked=True, gate="w1", up="v1", down="w2", flat=True, count="ffn_config.moe_num_experts"),
     "deepseek": Takes(stacked=False),
-    "glm5": Takes(stacked=True, block="feed_forward.moe"),
+    "glm5": Takes(stacked=True, block="feed_forward.moe", shared="shared_expert"),
     "qwen35": Takes(stacked=True, block="mlp.moe"),
     "minimax_m2": Takes(stacked=False, gate="w1", up="w3", down="w2", block="block_sparse_moe", reads=True),
 }

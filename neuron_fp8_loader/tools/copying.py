@@ -79,28 +79,27 @@ def _names(recipe: Recipe) -> dict[str, str]:
 
 
 def _declared(recipe: Recipe) -> dict[str, Any]:
-    """As compressed-tensors declares weights with one scale a row or a tensor."""
+    """As compressed-tensors declares weights with one scale a row or a tensor, and experts that keep their blocks."""
     plain = [module_of(step.name) for step in recipe.weights if step.action == "dequantize"]
+    kept = {
+        step.pair.granularity.block: None
+        for step in recipe.scaled_weights
+        if step.action == "translate" and step.pair is not None and step.pair.granularity.block
+    }
+    groups = [_group("Linear", strategy="tensor" if recipe.what.layout == "per_tensor" else "channel")]
+    groups += [_group(r"re:.*\.experts\..*", strategy="block", block_structure=list(block)) for block in kept]
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
         "ignore": [*recipe.plan.unquantized, *plain],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": 8,
-                    "type": "float",
-                    "symmetric": True,
-                    "dynamic": False,
-                    "strategy": "tensor" if recipe.what.layout == "per_tensor" else "channel",
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
+
+
+def _group(target: str, **scales: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, **scales}
+    return {"targets": [target], "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def config_after(source: Path, form: Form) -> bytes:

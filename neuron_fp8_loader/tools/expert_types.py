@@ -16,6 +16,9 @@ EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 DEQUANTIZE = "*.experts.*"
 
+EXPERT_TYPES = ("expert_wise", "blockwise")
+"""What may be asked for: one scale an output row of each expert, or blocks."""
+
 # DBRX: rows are inputs, so scales of rows are not those of output rows
 _ROWS_ARE_INPUTS = re.compile(r"\.experts\.mlp\.w2$")
 _OTHERS = "all other layers take one scale an output row, under the flag"
@@ -46,13 +49,14 @@ class ExpertType:
         kind: the ``quantization_type``.
         layout: what becomes of their scales, in words.
         floats: are they loaded as bfloat16?
-        blocks: ``quantization_block_axis`` and ``quantization_block_size`` for the blockwise type.
+        blocks: keyword arguments for the blockwise type: ``quantization_block_axis``, ``quantization_block_size``, and
+            ``moe_fused_nki_kernel_enabled``: that kernel would misread blocks, and some models have it unless told.
     """
 
     kind: str
     layout: str
     floats: bool
-    blocks: dict[str, list[int]]
+    blocks: dict[str, Any]
 
 
 def has_experts(plan: Plan) -> bool:
@@ -64,8 +68,8 @@ def has_experts(plan: Plan) -> bool:
     return any(pair.granularity.experts or EXPERTS.search(pair.weight) for pair in plan.pairs)
 
 
-def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
-    """For a plan that ``has_experts``.
+def expert_type(plan: Plan, asked: str | None = None) -> ExpertType | None:
+    """What the experts of a checkpoint are loaded with; None where it has none that are FP8.
 
     Args:
         plan: of the checkpoint.
@@ -74,6 +78,12 @@ def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
     Raises:
         OptionError: what was asked for cannot be had; the text says what can.
     """
+    if asked not in (None, *EXPERT_TYPES):
+        raise OptionError(f"experts={asked!r}: expected {' or '.join(map(repr, EXPERT_TYPES))}")
+    if not has_experts(plan):
+        if asked is not None:
+            raise OptionError(f"experts={asked!r}: {plan.source} has no FP8 experts whose scales are known")
+        return None
     rows_of_inputs = [p for p in plan.pairs if _ROWS_ARE_INPUTS.search(p.module) and p.granularity.kind in _FINE]
     if not rows_of_inputs:
         if asked == "blockwise":
@@ -95,18 +105,28 @@ def expert_type(plan: Plan, asked: str | None = None) -> ExpertType:
     return ExpertType(EXPERT_WISE, _FLOATS, True, {})
 
 
+def one_for_inputs(plan: Plan) -> list[str]:
+    """Experts with one scale whose rows are inputs: spread over rows in a copy, it would look like one an input."""
+    pairs = (pair for pair in plan.pairs if pair.granularity.kind == "tensor")
+    return [pair.module for pair in pairs if _ROWS_ARE_INPUTS.search(pair.module)]
+
+
 _FINE = ("row", "column", "block")
 _INSTEAD = {True: "use 'blockwise'", False: "leave it out, and the experts are loaded as bfloat16"}
 
 
-def _blocks(plan: Plan) -> dict[str, list[int]]:
+def _blocks(plan: Plan) -> dict[str, Any]:
     """NxD's fused weights are [experts, in, out], so the block of a weight that lies [out, in] is turned."""
     pairs = [pair for pair in plan.pairs if EXPERTS.search(pair.weight)]
     found = {block if p.transposed else block[::-1] for p in pairs if (block := p.granularity.block) is not None}
     if len(found) != 1 or any(pair.granularity.block is None for pair in pairs):
         what = f"blocks of {len(found)} sizes" if len(found) > 1 else "not all blocks" if found else "no blocks"
         raise OptionError(f"experts='blockwise': {plan.source}: its experts have {what}; use 'expert_wise'")
-    return {"quantization_block_axis": [1, 2], "quantization_block_size": list(*found)}
+    return {
+        "quantization_block_axis": [1, 2],
+        "quantization_block_size": list(*found),
+        "moe_fused_nki_kernel_enabled": False,
+    }
 
 
 def dequantized_experts(plan: Plan) -> set[str]:

@@ -180,7 +180,12 @@ class Export:
 
 
 def prepare_export(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, stack: str | None = None, **options: Any
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    stack: str | None = None,
+    experts_as: str | None = None,
+    **options: Any,
 ) -> Export:
     """Check everything that can be checked before an export: headers, pairs, OUT, disk.
 
@@ -189,6 +194,7 @@ def prepare_export(
         out: the directory to write; new, empty, or an interrupted export of the same checkpoint.
         stack: ``"nxd"`` or ``"vllm-neuron"``: the copy is what that stack takes (``copying``), if need be with other
             names and shapes, and config.json says so; None: names as they are, shapes as the options say.
+        experts_as: for ``"nxd"``, as ``experts`` of ``settings_for``.
         **options: see ``Options``.
 
     Raises:
@@ -212,7 +218,7 @@ def prepare_export(
     base = checkpoint.index.parent if checkpoint.index else checkpoint.files[0].parent
     out = ShownPath(out)
     _check_place(Path(path), base, out)
-    aim = aim_for(checkpoint, stack, options)
+    aim = aim_for(checkpoint, stack, options, experts_as)
     _check_use(aim)
     chosen, form = aim.options, form_for(aim) if stack else Form(aim.recipe)
     recipe = form.recipe

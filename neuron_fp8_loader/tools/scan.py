@@ -197,7 +197,11 @@ class Scan:
 
 
 def scan_checkpoint(
-    path: str | os.PathLike[str], *, stack: str | None = None, **options: Unpack[OptionKeywords]
+    path: str | os.PathLike[str],
+    *,
+    stack: str | None = None,
+    experts_as: str | None = None,
+    **options: Unpack[OptionKeywords],
 ) -> Scan:
     """Count the codes of every FP8 weight, in bounded memory.
 
@@ -206,6 +210,7 @@ def scan_checkpoint(
             weights in it are looked at, as far as they alone decide what becomes of them.
         stack: ``"nxd"`` or ``"vllm-neuron"``, for the load that ``neuron-fp8 config`` tells people to use there; None
             for a load with the options alone.
+        experts_as: for ``"nxd"``, as ``experts`` of ``settings_for``.
         **options: see ``Options``; they decide what a load would convert and refuse.
 
     Raises:
@@ -214,7 +219,7 @@ def scan_checkpoint(
         What a load would refuse for its values, or the stack's layout, is in ``Scan.refusals``, not raised.
     """
     checkpoint = open_checkpoint(path)
-    aim = aim_for(checkpoint, stack, options)
+    aim = aim_for(checkpoint, stack, options, experts_as)
     return scan(checkpoint, aim.recipe, aim.options, aim.refusals)
 
 

@@ -21,7 +21,7 @@ from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
 from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
-from .expert_types import EXPERTS, dequantized_experts, expert_type, flag_value, has_experts
+from .expert_types import EXPERTS, ExpertType, dequantized_experts, expert_type, flag_value
 from .heads import heads_of
 from .moe_settings import moe_settings
 from .others import other_kind
@@ -91,10 +91,8 @@ def settings_for(
     plan = plan_for(checkpoint)
     directory = checkpoint.directory.resolve()
     fp8 = bool(plan.fp8_weights)
-    chosen = expert_type(plan, experts) if has_experts(plan) else None
-    if chosen is None and experts is not None:
-        raise OptionError(f"experts={experts!r}: {plan.source} has no FP8 experts whose scales are known")
-    quantization_type, layout = (chosen.kind, chosen.layout) if chosen else nxd_layout(plan)
+    chosen = expert_type(plan, experts)
+    quantization_type, layout = nxd_layout(plan, chosen)
     notes = _notes(plan)
     other = other_kind(plan, "nxd", _model_type(directory))
     if other is not None:
@@ -194,21 +192,20 @@ def plugin_settings_for(
     return PluginSettings(command, environment, design.kept, str(design), tuple(notes), True)
 
 
-def nxd_layout(plan: Plan) -> tuple[str, str]:
+def nxd_layout(plan: Plan, experts: ExpertType | None) -> tuple[str, str]:
     """The ``quantization_type`` for a checkpoint, and what its scales must become for it, in words.
 
-    NxD's layers take one scale a tensor ([1]) or one an output row ([out, 1]); anything else is brought into the
-    second form while loading.
+    ``experts`` is what ``expert_type`` gives for it. NxD's layers take one scale a tensor ([1]) or one an output row
+    ([out, 1]); anything else is brought into the second form while loading.
     """
     if not plan.pairs:
         return "per_channel_symmetric", "no scales: NxD's quantized layers need none of them changed"
-    if has_experts(plan):
-        chosen = expert_type(plan)
-        return chosen.kind, chosen.layout
+    if experts is not None:
+        return experts.kind, experts.layout
     kinds = {pair.granularity.kind for pair in plan.pairs}
-    experts = any(pair.granularity.experts or EXPERTS.search(pair.weight) for pair in plan.pairs)
+    stacks = any(pair.granularity.experts or EXPERTS.search(pair.weight) for pair in plan.pairs)
     shapes = {plan.tensors[pair.scale].shape for pair in plan.pairs if pair.granularity.kind == "row"}
-    if kinds == {"tensor"} and not experts:
+    if kinds == {"tensor"} and not stacks:
         return "per_tensor_symmetric", (
             "one scale a tensor, which NxD takes as [1]; with fused_qkv=True use per_channel_symmetric, to which the "
             "flag expands them exactly"
@@ -223,7 +220,7 @@ def nxd_layout(plan: Plan) -> tuple[str, str]:
         return "per_channel_symmetric", (
             "scales of a layout that is not known; NxD's layers take one an output row, and may refuse them"
         )
-    if kinds == {"row"} and not experts and all(len(shape) == 2 for shape in shapes):
+    if kinds == {"row"} and not stacks and all(len(shape) == 2 for shape in shapes):
         return "per_channel_symmetric", "one scale an output row [out, 1], as NxD takes it"
     return "per_channel_symmetric", (
         "one scale an output row is what NxD takes; the flag expands and reshapes the checkpoint's to that, exactly"

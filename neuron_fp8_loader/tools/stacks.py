@@ -9,10 +9,12 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, PlanError
 from ..integrations.flag import LAYOUTS
-from ..integrations.modules import patterns, with_bias
+from ..integrations.modules import experts_of, one_each, patterns, with_bias
+from ..integrations.names import absorbed
 from ..integrations.vllm_neuron.design import Design, design_for
 from ..options import Options
 from ..plan import Plan, Recipe, recipe_for
+from .expert_types import DEQUANTIZE, ExpertType, expert_type, one_for_inputs
 from .settings import config_in, nxd_layout
 
 NXD, PLUGIN = "nxd", "vllm-neuron"
@@ -30,6 +32,7 @@ class Aim:
         recipe: what it does with each tensor. Where it would be refused, what it would do with scales as on disk.
         refusals: why it would stop, as far as headers tell.
         design: of the vLLM Neuron plugin.
+        experts: of NxD Inference: what those of a mixture are loaded with; None where there are none.
     """
 
     stack: str
@@ -37,6 +40,7 @@ class Aim:
     recipe: Recipe
     refusals: tuple[str, ...] = ()
     design: Design | None = field(default=None, compare=False)
+    experts: ExpertType | None = None
 
     @property
     def label(self) -> str:
@@ -44,7 +48,7 @@ class Aim:
         return STACKS.get(self.stack, "your options")
 
 
-def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any]) -> Aim:
+def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any], experts_as: str | None = None) -> Aim:
     """The load of a checkpoint for a stack, as ``settings_for`` and ``plugin_settings_for`` have people ask for it.
 
     Args:
@@ -52,11 +56,14 @@ def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any])
         stack: ``"nxd"``: NxD Inference with the ``quantization_type`` of ``settings_for``; ``"vllm-neuron"``: the
             plugin without it; None: the options alone.
         given: options of one's own. A ``layout`` takes the place of the stack's; ``"keep"`` is as on disk.
+        experts_as: for NxD Inference, as ``experts`` of ``settings_for``.
 
     Raises:
         PlanError: the checkpoint cannot be planned, or not with the options that were given.
-        OptionError: an option that the stack does not take; no such stack.
+        OptionError: an option that the stack does not take; no such stack; experts that cannot be had so.
     """
+    if experts_as is not None and stack != NXD:
+        raise OptionError(f"experts={experts_as!r}: is for NxD Inference; leave it out")
     given = {name: value for name, value in given.items() if name != "layout" or value is not None}
     own = Options.of(given)
     if stack is None:
@@ -66,20 +73,31 @@ def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any])
     recipe = recipe_for(checkpoint, own)
     if stack == PLUGIN:
         return _plugin(checkpoint, own, recipe, "layout" in given)
-    options = own if "layout" in given else replace(own, layout=_layout(recipe.plan))
-    biased = [name for name in with_bias(recipe.plan) if options.layout != "keep"]
-    if biased:  # NxD's quantized layers take no bias there
-        options = replace(options, dequantize=[*options.dequantize, *patterns(recipe.plan, biased)])
+    experts = expert_type(recipe.plan, experts_as)
+    options = own if "layout" in given else replace(own, layout=_layout(recipe.plan, experts))
+    options = _under_the_flag(recipe.plan, experts, options)
     try:
-        return Aim(stack, options, recipe_for(checkpoint, options))
+        return Aim(stack, options, recipe_for(checkpoint, options), experts=experts)
     except PlanError as error:
         if "layout" in given:
             raise
-        return Aim(stack, own, recipe, error.problems)
+        return Aim(stack, own, recipe, error.problems, experts=experts)
 
 
-def _layout(plan: Plan) -> str:
-    return LAYOUTS.get(nxd_layout(plan)[0], "per_channel") if plan.fp8_weights else "keep"
+def _layout(plan: Plan, experts: ExpertType | None) -> str:
+    return LAYOUTS.get(nxd_layout(plan, experts)[0], "per_channel") if plan.fp8_weights else "keep"
+
+
+def _under_the_flag(plan: Plan, experts: ExpertType | None, options: Options) -> Options:
+    """What the flag adds to the options of a load, as far as headers tell."""
+    if options.layout == "keep":
+        return options
+    # NxD's quantized layers take no bias there, and are not asked where latent attention multiplies by itself
+    floats = patterns(plan, dict.fromkeys([*with_bias(plan), *absorbed(plan)]))
+    floats += [DEQUANTIZE] if experts and experts.floats else []
+    kept = experts_of(plan) if experts and experts.blocks else [*one_each(plan), *one_for_inputs(plan)]
+    kept = kept if options.layout == "per_channel" else []
+    return replace(options, dequantize=[*options.dequantize, *floats], keep=[*options.keep, *patterns(plan, kept)])
 
 
 def _plugin(checkpoint: Checkpoint, own: Options, recipe: Recipe, with_layout: bool) -> Aim:

@@ -22,7 +22,9 @@ from .stacks import aim_for
 from .verification import Original, Verification, check_identical, overflows, progress_of
 
 
-def verify_checkpoint(path: str | os.PathLike[str], *, stack: str | None = None, **options: Any) -> Verification:
+def verify_checkpoint(
+    path: str | os.PathLike[str], *, stack: str | None = None, experts_as: str | None = None, **options: Any
+) -> Verification:
     """Load a checkpoint into memory, a few tensors at a time, and check every value.
 
     Checked for each weight: no code above 0x77, finite as ml_dtypes reads IEEE e4m3, the codes those that ml_dtypes
@@ -33,6 +35,7 @@ def verify_checkpoint(path: str | os.PathLike[str], *, stack: str | None = None,
         path: a directory, a ``.safetensors`` or ``.bin`` file, or an index file.
         stack: ``"nxd"`` or ``"vllm-neuron"``, for the load that ``neuron-fp8 config`` tells people to use there; None
             for a load with the options alone.
+        experts_as: for ``"nxd"``, as ``experts`` of ``settings_for``.
         **options: see ``Options``.
 
     Raises:
@@ -40,7 +43,7 @@ def verify_checkpoint(path: str | os.PathLike[str], *, stack: str | None = None,
     """
     begin = time.perf_counter()
     checkpoint = open_checkpoint(path, download=options.get("download", False))
-    aim = aim_for(checkpoint, stack, options)
+    aim = aim_for(checkpoint, stack, options, experts_as)
     chosen = aim.options
     result = Verification(str(path), stack=aim.stack)
     found = scan(checkpoint, aim.recipe, chosen, aim.refusals)

@@ -43,7 +43,8 @@ def test_quantization_type_follows_the_scales(name: str, quantization_type: str)
 def test_blocks_of_experts_are_kept_where_asked_for() -> None:
     args = ("config", shared("hf_fp8_block_moe_fused"), "--experts", "blockwise")
     config, text = run_json(*args)["neuron_config"], run(*args).stdout
-    assert "fp8_rescale=True, quantization_block_axis=[1, 2], quantization_block_size=[128, 128]))" in text
+    blocks = "quantization_block_axis=[1, 2], quantization_block_size=[128, 128]"
+    assert f"fp8_rescale=True, {blocks}, moe_fused_nki_kernel_enabled=False))" in text
     assert config["quantization_type"] == "blockwise_symmetric"
     assert config["quantization_block_axis"] == [1, 2]
     assert config["quantization_block_size"] == [128, 128]

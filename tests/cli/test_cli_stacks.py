@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -13,12 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuron_fp8_loader import load_state_dict, plan_checkpoint
+from neuron_fp8_loader.codes.device import PLATFORM_ENV
+from neuron_fp8_loader.integrations import flag
+from neuron_fp8_loader.integrations.flag import BLOCKWISE, experts_apart
 from neuron_fp8_loader.integrations.keys import nxd_names
+from neuron_fp8_loader.integrations.loading import Session
 from neuron_fp8_loader.tools.export import prepare_export
 from neuron_fp8_loader.tools.scan import scan_checkpoint
 from neuron_fp8_loader.tools.settings import settings_for
 from neuron_fp8_loader.tools.verify import verify_checkpoint
 from tests.cli.helpers import COOL, HOT, codes, layer, one_line, run, run_json, single
+from tests.integrations import moe_checkpoints
 from tests.support import CONTROLS, REAL, e4m3fn, fp8, same_bytes, shared
 
 FP8 = [name for name in REAL if name not in CONTROLS]
@@ -268,3 +275,111 @@ def test_one_shard_alone(tmp_path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     for number in (1, 2):
         assert run("inspect", path / f"model-0000{number}-of-00002.safetensors").exit_code == 0
+
+
+# -- mixtures of experts -------------------------------------------------------------------------------------------
+
+MIXTURES = [
+    ("qwen3_moe", "block", "blockwise"),
+    ("deepseek_v3", "block", "blockwise"),
+    ("dbrx", "tensor", None),
+    ("dbrx", "channel", None),
+    ("dbrx", "block", None),
+]
+
+
+def under_the_flag(path: Path, experts: str | None) -> dict[str, Any]:
+    """The options that a load under the flag has, with what ``config`` prints; the model is not looked at."""
+    given = ("--experts", experts) if experts else ()
+    told = SimpleNamespace(**run_json("config", path, *given, code=0)["neuron_config"])
+    blocks = experts_apart(told) and told.quantization_type == BLOCKWISE
+    session = Session(flag.options_for(told) or {}, blocks=blocks, entries=tuple(told.modules_to_not_convert))
+    return session.options_for(plan_checkpoint(path))
+
+
+@pytest.mark.parametrize(("family", "form", "experts"), MIXTURES)
+def test_experts_are_predicted_as_config_has_them_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, form: str, experts: str | None
+) -> None:
+    """Which become bfloat16, which keep their blocks, and what that costs."""
+    monkeypatch.setenv(PLATFORM_ENV, "trn2")
+    path, exact = moe_checkpoints.write(tmp_path, family, form)
+    given = ("--experts", experts) if experts else ()
+    predicted = run_json("inspect", path, *given, code=0)
+    loaded, twins = load_state_dict(path, **under_the_flag(path, experts)), load_file(exact / "model.safetensors")
+    noise = signal = 0.0
+    for pair in plan_checkpoint(path).pairs:
+        weight, scale = loaded[pair.weight], loaded.get(pair.scale)
+        want, got = twins[pair.weight].double().numpy(), weight.double().numpy()
+        if scale is not None:
+            assert weight.dtype == torch.float8_e4m3fn
+            got = e4m3fn(weight) * spread(scale, weight)
+        noise, signal = noise + np.square(got - want).sum(), signal + np.square(want).sum()
+    load = predicted["load"]
+    assert load["dequantized"] == sum(pair["scale"] not in loaded for pair in predicted["pairs"])
+    rows = sum(loaded[p["scale"]].shape != tuple(p["scale_shape"]) for p in predicted["pairs"] if p["scale"] in loaded)
+    assert load["requantized"] == (rows if form in ("block", "mx") else 0)
+    measured = 10 * np.log10(signal / noise)  # above 140 dB the twin's own rounding is heard
+    within = 1.5 if measured < 100 else 5
+    assert load["predicted_sqnr_db"] == pytest.approx(measured, abs=within)
+    assert run_json("verify", path, *given, code=0)["sqnr_db"] == pytest.approx(measured, abs=within)
+
+
+def spread(scale: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
+    values = scale.double().numpy() if scale.dtype != torch.uint8 else np.exp2(scale.double().numpy() - 127)
+    values = values.reshape(values.shape or (1, 1))
+    for axis, size in enumerate(weight.shape):
+        values = values.repeat(-(-size // values.shape[axis]), axis).take(range(size), axis)
+    return values
+
+
+@pytest.mark.parametrize(("family", "form", "experts"), MIXTURES)
+def test_a_copy_of_experts_loads_as_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, form: str, experts: str | None
+) -> None:
+    monkeypatch.setenv(PLATFORM_ENV, "trn2")
+    path, _ = moe_checkpoints.write(tmp_path, family, form)
+    given = ("--experts", experts) if experts else ()
+    assert run("export", path, tmp_path / "out", *given).exit_code == 0
+    assert plan_checkpoint(tmp_path / "out").warnings == ()
+    again, wanted = (
+        {
+            under_nxd(n, nxd_names(plan_checkpoint(p))): t
+            for n, t in load_state_dict(p, **under_the_flag(p, experts)).items()
+        }
+        for p in (tmp_path / "out", path)
+    )
+    assert again.keys() == wanted.keys()
+    assert all(same_bytes(again[name], value) for name, value in wanted.items())
+
+
+def under_nxd(name: str, names: dict[str, str]) -> str:
+    """As ``Session.named``, NxD Inference and, for DBRX's experts, ``as_taken`` rename it."""
+    name = names.get(name, name).replace(".weight_scale", ".scale").replace("_weight_scale", ".scale")
+    return re.sub(r"(\.experts\.mlp\.[wv]\d)\.weight$", r"\1", name)
+
+
+def test_a_copy_declares_the_blocks_that_experts_keep(tmp_path: Path) -> None:
+    """The last block is cut, so that shapes alone do not tell how large they are."""
+    head = "model.layers.0.mlp.experts"
+    tensors = {}
+    for name, rows, columns in (("gate_proj", 200, 320), ("up_proj", 200, 320), ("down_proj", 320, 200)):
+        tensors[f"{head}.0.{name}.weight"] = codes(*HOT, shape=(rows, columns))
+        tensors[f"{head}.0.{name}.weight_scale_inv"] = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5
+    path, out = single(tmp_path / "c", tensors), tmp_path / "out"
+    declared = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (path / "config.json").write_text(json.dumps({"quantization_config": declared}))
+    assert run("export", path, out, "--experts", "blockwise").exit_code == 0
+    assert {pair.granularity.block for pair in plan_checkpoint(out).pairs} == {(128, 128)}
+    assert run_json("verify", out, "--against", path, code=0)["ok"]
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [g["weights"]["strategy"] for g in groups.values()] == ["channel", "block"]
+
+
+def test_experts_are_for_nxd_inference(tmp_path: Path) -> None:
+    path = single(tmp_path / "c", layer(0))
+    for args in (("inspect", path), ("verify", path), ("export", path, tmp_path / "out")):
+        text = one_line(run(*args, "--experts", "blockwise"))
+        assert "has no FP8 experts" in text
+        text = one_line(run(*args, "--for", "vllm-neuron", "--experts", "blockwise"))
+        assert "is for NxD Inference" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from neuron_fp8_loader import plan_checkpoint
 from neuron_fp8_loader.checkpoint import describe
-from neuron_fp8_loader.integrations.names import contradictions, modules_to_not_convert
+from neuron_fp8_loader.integrations import names
+from neuron_fp8_loader.integrations.names import contradictions, misnamed, modules_to_not_convert
 from neuron_fp8_loader.plan import Plan, make_plan
 from tests.support import TINY, shared
 
@@ -148,10 +150,97 @@ def test_contradictions_list_both_sides() -> None:
     assert contradictions(plan, ["lm_head", "layers.1.self_attn", "mlp.gate"])[0] == ["model.layers.0.mlp.gate_proj"]
 
 
-def test_contradictions_know_the_names_of_the_checkpoint_and_shorthand() -> None:
+def test_contradictions_are_decided_by_the_paths_that_nxd_looks_at() -> None:
     plan = plan_of(layer(0, "mlp"), layer(0, "attn"))
     assert contradictions(plan, ["self_attn", "lm_head"]) == ([], [])
-    assert contradictions(plan, ["lm_head", *layer(0, "attn")]) == ([], [])
+    for entries in (layer(0, "attn"), ["layers.0.self_attn.q_proj"], ["o_proj", "layers.0.self_attn.v_proj"]):
+        left = [n for n in layer(0, "attn") if converted(nxdi_path(n), entries)]
+        assert left
+        assert contradictions(plan, ["lm_head", *entries]) == ([], left)
+    fp8 = plan_of(layer(0, "attn", "mlp"), [])
+    assert contradictions(fp8, ["lm_head", *layer(0, "attn", "mlp")]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("entry", "instead"),
+    [
+        ("model.layers.1.self_attn.q_proj", ["layers.1.self_attn.qkv_proj.q_proj"]),
+        ("layers.1.self_attn.q_proj", ["layers.1.self_attn.qkv_proj.q_proj"]),
+        ("model.layers.1.self_attn.o_proj.weight", ["layers.1.self_attn.o_proj"]),
+        ("model.layers.1.self_attn", ["layers.1.self_attn"]),
+        ("model.layers.1", ["layers.1."]),  # and not layer 11
+        ("model.layers.1.", ["layers.1."]),
+        ("model.layers.1.mlp.experts", [f"layers.1.mlp.expert_mlps.mlp_op.{p}_proj" for p in ("down", "gate_up")]),
+        ("mlp.experts.0", [f"layers.1.mlp.expert_mlps.mlp_op.{p}_proj" for p in ("down", "gate_up")]),
+        ("layers.1.self_attn", None),
+        ("q_proj", None),
+        ("layers.1.mlp.expert_mlps", None),
+        ("model.layers.7.mlp", None),  # of no module: it means nothing here, and harms nothing
+        ("model.layers.1.mlp.gate", None),  # a router
+        ("model.vision_tower", None),
+    ],
+)
+def test_entries_that_only_the_checkpoint_knows(entry: str, instead: list[str] | None) -> None:
+    experts = [f"model.layers.1.mlp.experts.{e}.{p}" for e in range(2) for p in MLP]
+    names = [*layer(1, "attn"), *experts, *layer(11, "attn", "mlp")]
+    plan = plan_of(names, layer(1, "mlp.gate"))
+    assert misnamed(plan, [entry]) == ({} if instead is None else {entry: instead})
+    if instead is not None:
+        assert all(converted(nxdi_path(name), [entry]) for name in names)
+        meant = [nxdi_path(n) for n in names if f"{entry.removesuffix('.weight').rstrip('.')}." in f"{n}."]
+        assert {nxdi_path(n) for n in names if not converted(nxdi_path(n), instead)} == set(meant)
+
+
+@pytest.mark.parametrize(
+    ("entry", "instead"),
+    [
+        (
+            r"re:.*layers\.1\.self_attn.*",
+            [f"layers.1.self_attn.{p}" for p in ("o_proj", *(f"qkv_proj.{q}_proj" for q in "kqv"))],
+        ),
+        ("re:.*lm_head", ["lm_head"]),
+        ("*.1.self_attn.o_proj", ["layers.1.self_attn.o_proj"]),
+        ("re:.*mlp.gate$", None),  # a router
+        ("re:(", None),
+        ("layers.[", None),
+    ],
+)
+def test_patterns_are_texts_to_nxd(entry: str, instead: list[str] | None) -> None:
+    plan = plan_of([*layer(1, "attn"), *layer(11, "attn", "mlp")], layer(1, "mlp.gate"))
+    assert misnamed(plan, [entry]) == ({} if instead is None else {entry: instead})
+
+
+def test_a_long_list_is_held_against_many_experts_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3 has 58 layers of 256 experts, and lists name modules one by one."""
+    asked: list[str] = []
+    experts = [f"model.layers.{n}.mlp.experts.{e}.{p}" for n in range(4) for e in range(50) for p in MLP]
+    plan = plan_of(experts, [])
+    real = names._named
+
+    def counted(module: Any, entries: list[str]) -> bool:
+        asked.append(module.name)
+        return real(module, entries)
+
+    monkeypatch.setattr(names, "_named", counted)
+    assert contradictions(plan, ["lm_head", "layers.9.mlp"]) == ([], [])
+    assert len(asked) <= 4 * 2 + 1
+
+
+def test_latent_attention_has_its_q_proj_where_the_checkpoint_has_it() -> None:
+    """DeepSeek-V2-Lite: no low rank of queries, and no fused layer that holds q, k and v."""
+    names = layer(0, *(f"self_attn.{n}" for n in ("q_proj", "kv_a_proj_with_mqa", "o_proj")))
+    plan = plan_of(names[1:], names[:1])
+    assert contradictions(plan, ["lm_head", "layers.0.self_attn.q_proj"]) == ([], [])
+    assert misnamed(plan, ["layers.0.self_attn.q_proj"]) == {}
+    assert "layers.0.self_attn.q_proj" in modules_to_not_convert(plan)
+
+
+def test_minimax_has_its_experts_in_a_block_of_the_checkpoints_name() -> None:
+    experts = [f"model.layers.0.block_sparse_moe.experts.{e}.w{p}" for e in range(2) for p in (1, 2, 3)]
+    plan = plan_of(layer(0, "attn"), experts)
+    for entry in ("block_sparse_moe", "layers.0.mlp"):
+        assert contradictions(plan, ["lm_head", entry]) == ([], [])
+    assert contradictions(plan, ["lm_head", "model.layers.0.block_sparse_moe"])[1] == experts
 
 
 def test_modules_that_nxdi_need_not_quantize_are_never_missing() -> None:
@@ -231,3 +320,6 @@ def test_dbrx_by_the_paths_that_its_modules_have() -> None:
     listed = modules_to_not_convert(plan_of([*experts[:2], *attention], [experts[2]]))
     assert listed == ["layers.3.ffn.expert_mlps.mlp_op.down_proj", "lm_head"]
     assert converted("layers.3.ffn.expert_mlps.mlp_op.gate_up_proj", listed)
+    listed = modules_to_not_convert(plan_of(attention[1:], attention[:1]))
+    assert not converted("layers.3.self_attn.qkv_proj.Wqkv", listed)
+    assert converted("layers.3.self_attn.o_proj.o_proj", listed)

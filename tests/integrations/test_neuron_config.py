@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,39 @@ class TestModulesToNotConvert:
         assert "not listed: model.layers.0.self_attn.q_proj" in text
         assert "not listed: model.layers.1.self_attn.q_proj" in text
         assert "['layers.0.self_attn', 'layers.1.self_attn', 'lm_head']" in text  # what to write
+
+    @pytest.mark.parametrize("given", ["lm_head", ["lm_head", None], [3], [b"lm_head"]], ids=str)
+    def test_what_is_no_list_of_texts_is_refused(self, enabled: Standin, tmp_path: Path, given: Any) -> None:
+        """Of a text NxD takes each letter for an entry: no module is without an ``e``."""
+        path = write(tmp_path, state_dict())
+        for where in (path, str(tmp_path / "nowhere")):
+            with pytest.raises(OptionError, match="expected a list of texts"):
+                enabled.config.NeuronConfig(**settings(where, modules_to_not_convert=given))
+
+    @pytest.mark.parametrize("entry", ["", ".", "l"])
+    def test_an_entry_that_is_part_of_every_path(
+        self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: str
+    ) -> None:
+        path = write(tmp_path, state_dict())
+        enabled.config.NeuronConfig(**settings(path, modules_to_not_convert=["lm_head", entry]))
+        assert "so that they are loaded as bfloat16, 6 FP8 modules" in caplog.text
+
+    def test_names_of_the_checkpoint_are_said_to_do_nothing(
+        self, enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        name, path = "model.layers.0.self_attn.q_proj", "layers.0.self_attn.qkv_proj.q_proj"
+        given = {"modules_to_not_convert": ["lm_head", name]}
+        enabled.config.NeuronConfig(**settings(write(tmp_path / "fp8", state_dict()), **given))
+        assert "loaded as bfloat16" not in caplog.text
+        assert (
+            f"holds what does nothing: NxD Inference has no path with 1 name:\n  - {name}: write {path}" in caplog.text
+        )
+        floats = write(tmp_path / "floats", state_dict(plain=("layers.0.self_attn",)))
+        with pytest.raises(
+            OptionError, match=rf"not listed: {name}\nNxD Inference has no path.*\n  - {name}: write {path}"
+        ):
+            enabled.config.NeuronConfig(**settings(floats, **given))
+        enabled.config.NeuronConfig(**settings(floats, modules_to_not_convert=["lm_head", path]))
 
     def test_a_saved_config_agrees_with_itself(self, enabled: Standin, tmp_path: Path) -> None:
         path = write(tmp_path / "model", state_dict(plain=("self_attn",)))
@@ -354,3 +389,37 @@ def test_experts_are_listed_in_the_block_that_a_model_has_them_in(
     assert config.neuron_config.modules_to_not_convert == [*given, *more]
     without = enabled.config.NeuronConfig(modules_to_not_convert=given)
     assert kind(without).neuron_config.modules_to_not_convert == given
+
+
+def test_a_class_with_a_list_of_its_own_says_what_another_lacks(
+    enabled: Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-5.2 quantizes its experts by itself, and casts all other MLPs to bfloat16, with scales or without."""
+    (tmp_path / "modeling_glm5.py").write_text('"""Makes {moe}.gate_up_proj.scale" of weight_scale_inv."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("modeling_glm5")
+
+    def listed(given: list[str] | None, **more: Any) -> Any:
+        neuron_config = enabled.config.MoENeuronConfig(**settings(path, modules_to_not_convert=given, **more))
+        kind = type("Config", (enabled.config.InferenceConfig,), {"__module__": "modeling_glm5"})
+        return kind(neuron_config, num_hidden_layers=2).neuron_config.modules_to_not_convert
+
+    attention = [f"model.layers.{n}.self_attn.{p}" for n in range(3) for p in ("o_proj", "kv_b_proj")]
+    experts = [f"model.layers.1.mlp.experts.{n}.{p}_proj" for n in range(2) for p in ("gate", "up", "down")]
+    others = [f"model.layers.{n}.{p}_proj" for n in ("0.mlp", "1.mlp.shared_experts") for p in ("gate", "up", "down")]
+    path = write(tmp_path / "fp8", state_dict(layers=[*attention, *experts, *others]))
+    assert listed(None) is None
+    works = ["lm_head", "kv_b_proj", "layers.0.mlp", "shared_expert"]
+    with pytest.raises(OptionError, match=re.escape(f"=['lm_head'] lacks {works[1:]}, which Config has")) as error:
+        listed(["lm_head"])
+    assert str(error.value).endswith(f"or set modules_to_not_convert={works}")
+    for given in (works, ["lm_head", "layers.0.", "layers.1."], ["lm_head", "self_attn", "layers.0.mlp", "shared"]):
+        assert listed(given)[: len(given)] == given
+    for given in (works[:2], works[:3], ["lm_head", "layers.0.", "layers.1.mlp", "self_attn"]):
+        with pytest.raises(OptionError, match=r"lacks .*shared_expert'"):
+            listed(given)
+    listed(["lm_head"], quantized=False)
+    listed(["lm_head"], fp8_rescale=False)
+    # its own list would leave these out
+    found = listed(None, fp8_rescale={"dequantize": ["*.experts.*"]})
+    assert {"layers.1.feed_forward.moe", "self_attn", "layers.0.mlp", "shared_expert", "lm_head"} <= {*found}

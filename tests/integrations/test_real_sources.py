@@ -18,7 +18,7 @@ CASES = [
     ("real_moe.py",),
     ("real_models.py",),
     ("real_logits.py",),
-    ("real_moe_ep.py",),
+    ("real_moe_ep.py", "real_kernel.py"),
     ("real_mimo.py",),
     ("real_config.py", "real_mutations.py", "real_lists.py"),
     ("real_disable.py",),
