@@ -20,7 +20,7 @@ from ..conventions import module_of
 from ..errors import WeightError, listing
 from ..plan import Pair
 from .check import is_weight
-from .names import short_name
+from .names import is_of_decoder, short_name
 
 _EXPERTS = re.compile(r"(^|\.)(experts|expert_mlps)\.")
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
@@ -235,15 +235,17 @@ def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[P
             stacks[layer_of(name)].append(Placed(name, value, []))
     there = {short_name(name) for name in converted}
     lost: dict[str, None] = {}
-    for part in parts:
+    for part in sorted(parts, key=lambda part: not is_of_decoder(part.name)):
         for stack in sorted(stacks.get(part.layer, ()), key=lambda s: ("down" in s.name) != (part.role == 2)):
+            if stack.places and is_of_decoder(stack.places[0][2].name) != is_of_decoder(part.name):
+                continue
             place = _place(part, stack)
             if place is not None:
                 stack.places.append((*place, part))
                 break
         else:
-            # a layer that the model does not have is no loss
-            if part.layer in stacks and short_name(part.name) not in there:
+            # a layer that the model does not have is no loss, and mtp.layers.0 is not layers.0
+            if part.layer in stacks and short_name(part.name) not in there and is_of_decoder(part.name):
                 lost.setdefault(f"{part.name} {list(part.shape)}: its bytes are in no stacked FP8 weight")
     found = [stack for several in stacks.values() for stack in several if stack.places]
     problems = [problem for stack in found for problem in _uncovered(stack)] or list(lost)

@@ -212,7 +212,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         taken = takes(cls)
         parts = parts_of(state_dict, session.pairs, taken.experts(config) if taken else 0)
         rows = Rows.of(state_dict)
-        check_alike(state_dict, taken, Shown(path))
+        check_alike(state_dict, taken, Shown(path), floats=not session.quantized and not session.own_scales)
         placed = as_taken(state_dict, taken, session.pairs)
         fp8 = [] if session.quantized else [n for n, t in state_dict.items() if is_weight(n, t, state_dict)]
         try:
