@@ -47,6 +47,13 @@ class Given(NamedTuple):
         same = weight.data_ptr() == self.weight.data_ptr() and weight.stride() == self.weight.stride()
         return same or torch.equal(weight.view(torch.uint8), self.weight.view(torch.uint8))
 
+    def is_within(self, weight: torch.Tensor) -> bool:
+        """As ``is_still``, or with rows or columns of zeros after its own?"""
+        rows, columns = self.weight.shape
+        more = (weight[rows:], weight[:, columns:])
+        zeros = not any(bool((part.view(torch.uint8) & 0x7F).any()) for part in more)
+        return zeros and self.is_still(weight[:rows, :columns])
+
     def is_transposed(self, weight: torch.Tensor) -> bool:
         raw = self.weight.view(torch.uint8).T
         return weight.shape == raw.shape and torch.equal(weight.view(torch.uint8), raw)
