@@ -160,7 +160,7 @@ def _flat_grid(
     values, kind = scale_values(scale).float(), pair.granularity.kind
     if kind == "tensor":
         return values.flatten()[:1].reshape(1, 1, 1).expand(experts, 1, 1), (rows, columns)
-    if values.numel() == experts:
+    if kind != "block" and values.numel() == scale.shape[0] == experts:
         return values.reshape(experts, 1, 1), (rows, columns)
     if kind == "row":
         return values.reshape(experts, rows, 1), (1, columns)

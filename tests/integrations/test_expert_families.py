@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from neuron_fp8_loader import OptionError, WeightError
+from neuron_fp8_loader.codes.granularity import granularity
+from neuron_fp8_loader.integrations.experts import parts_of
+from neuron_fp8_loader.plan import Pair
 from tests.integrations.apps import config_for
 from tests.integrations.checkpoints import write
 from tests.integrations.conftest import Standin
@@ -27,7 +30,7 @@ from tests.integrations.test_experts import (
     conversion,
     pairs,
 )
-from tests.support import sqnr
+from tests.support import random_codes, sqnr
 
 Tensors = dict[str, torch.Tensor]
 FLAT = ("w1", "v1", "w2")
@@ -257,3 +260,14 @@ def test_as_many_experts_as_the_config_says(enabled: Standin, tmp_path: Path) ->
     tensors["transformer.blocks.0.ffn.experts.mlp.w1"] = tensors["transformer.blocks.0.ffn.experts.mlp.w1"][:-1]
     with pytest.raises(WeightError, match=rf"mlp\.w1 \[383, {HIDDEN}\].*rows of {EXPERTS} experts"):
         load(enabled, "dbrx", write(tmp_path, tensors), as_dbrx, **EXPERT_WISE)
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(64, (2, 2)), (32, (1, 4))])
+def test_as_many_blocks_as_experts_are_not_one_each(rows: int, grid: tuple[int, int]) -> None:
+    name, shape = "blocks.0.ffn.experts.mlp.w1", (4 * rows, 128 * grid[1])
+    covers = granularity(shape, grid, (128, 128))
+    assert covers.block == (128, 128)
+    state = {f"{name}.weight": random_codes(shape), f"{name}.scale": torch.rand(grid)}
+    pair = Pair(f"{name}.weight", f"{name}.scale", "", covers, name)
+    with pytest.raises(WeightError, match="of which no two experts share one"):
+        parts_of(state, {name: pair}, flat=4)
