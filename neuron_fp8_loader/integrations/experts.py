@@ -128,7 +128,7 @@ def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair, fla
     else:
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
     stacked = weight.dim() == 3
-    values, block = _flat_grid(name, matrices, scale, pair) if flat else _grid(matrices, scale, pair)
+    values, block = _flat_grid(name, matrices, scale, pair) if flat else _grid(name, matrices, scale, pair)
     if role == 2 if flat else stacked and pair.transposed:
         matrices, values, block = matrices.transpose(1, 2), values.transpose(1, 2), block[::-1]
     raw = matrices.view(torch.uint8)
@@ -179,7 +179,7 @@ def _flat_grid(
     )
 
 
-def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
+def _grid(name: str, matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
     """The scale as float32 [experts, row blocks, column blocks], and the size of a block, as the weight lies."""
     experts, rows, columns = matrices.shape
     values = scale_values(scale).float()
@@ -192,6 +192,12 @@ def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torc
         return values.reshape(experts, -(-rows // height), -(-columns // width)), (height, width)
     if pair.transposed and values.numel() == experts * columns:
         return values.reshape(experts, 1, columns), (rows, 1)
+    if values.numel() != experts * rows or (pair.granularity.kind == "column" and not pair.transposed):
+        raise WeightError(
+            f"{name} {list(matrices.shape)}: a scale {list(scale.shape)}; expected one for all, or for each expert "
+            'one, one a row or one a block. Have it as bfloat16: fp8_rescale={"dequantize": ["*.experts.*"]}, with '
+            "modules_to_not_convert left out"
+        )
     return values.reshape(experts, rows, 1), (1, columns)
 
 

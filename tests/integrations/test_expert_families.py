@@ -271,3 +271,12 @@ def test_as_many_blocks_as_experts_are_not_one_each(rows: int, grid: tuple[int, 
     pair = Pair(f"{name}.weight", f"{name}.scale", "", covers, name)
     with pytest.raises(WeightError, match="of which no two experts share one"):
         parts_of(state, {name: pair}, flat=4)
+
+
+@pytest.mark.parametrize("columns", [64, 32])
+def test_a_scale_along_the_input_of_stacked_experts_is_none_of_their_rows(columns: int) -> None:
+    name = "layers.0.mlp.experts.down_proj"
+    state = {name: random_codes((4, 64, columns)), f"{name}.scale": torch.rand(4, 1, columns)}
+    pair = Pair(name, f"{name}.scale", "", granularity((4, 64, columns), (4, 1, columns)), name)
+    with pytest.raises(WeightError, match=rf"down_proj \[4, 64, {columns}\]: a scale \[4, 1, {columns}\]; expected"):
+        parts_of(state, {name: pair})
