@@ -52,9 +52,12 @@ class Rows:
             scale = state_dict.get(f"{module}.scale")
             if not isinstance(scale, torch.Tensor) or is_expert(name) or not is_weight(name, weight, state_dict):
                 continue
-            if weight.dim() == 2 and weight.numel():
-                layers = found.layers if fits(scale, weight) else found.blocks
-                layers.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
+            if weight.dim() != 2 or not weight.numel():
+                continue
+            if fits(scale, weight):
+                found.layers.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
+            elif scale.dim() == 2 and scale.shape != (1, weight.shape[1]):  # rows may be moved below one a column
+                found.blocks.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
         return found
 
     def attach(self, converted: MutableMapping[str, Any], source: str) -> None:

@@ -73,6 +73,19 @@ def test_scales_of_blocks_that_moved_with_their_weight(convert: Callable[[Tensor
     assert set(converted(in_blocks(), convert)) == set(want)
 
 
+@pytest.mark.parametrize("shape", [(SIZES["q_proj"],), (1, WIDE)])
+def test_scales_of_another_form_are_not_looked_at(shape: tuple[int, ...]) -> None:
+    """Where there is one value a row columns may be moved, where there is one a column rows."""
+    tensors = in_blocks()
+    tensors[f"{AT}.q_proj.scale"] = torch.rand(shape)
+
+    def move(state: Tensors) -> None:
+        axis = 1 if len(shape) == 1 else 0
+        state[f"{AT}.q_proj.weight"] = raw(state[f"{AT}.q_proj.weight"]).roll(3, axis).view(FP8)
+
+    assert torch.equal(converted(tensors, move)[f"{AT}.q_proj.scale"], tensors[f"{AT}.q_proj.scale"])
+
+
 def test_scales_of_blocks_that_are_all_the_same_are_right_in_any_order() -> None:
     tensors = in_blocks()
     tensors[f"{AT}.q_proj.scale"][:] = 3.0
