@@ -66,7 +66,7 @@ def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[P
                 lost.setdefault(f"{part.name} {list(part.shape)}: its bytes are in no stacked FP8 weight")
     found = [stack for several in stacks.values() for stack in several if stack.places]
     problems = [problem for stack in found for problem in _uncovered(stack)] or list(lost)
-    problems = problems or [problem for stack in found for problem in _not_told_apart(stack)]
+    problems = problems or [problem for several in stacks.values() for problem in _not_told_apart(several)]
     if problems:
         raise WeightError(
             f"{source}: the model's conversion did something to its experts that is not understood, "
@@ -120,29 +120,32 @@ def _uncovered(stack: Placed) -> Iterator[str]:
             return
 
 
-def _not_told_apart(stack: Placed) -> Iterator[str]:
-    """Parts of which the same bytes were kept, with different scales. Their names tell which is which, but only where
-    names are right of all others: expert n is at n, and gate and up begin at the same columns in all."""
-    places = [p for p in stack.places if not p[2].zeros]
-    blank = [part for *_, part in places if not bool((part.bytes & 0x7F).any())]
-    if blank:
-        yield f"{blank[0].name} {list(blank[0].shape)}: zeros wherever it was looked at, and not elsewhere"
-        return
-    alike: dict[bytes, Part] = {}
+def _not_told_apart(stacks: list[Placed]) -> Iterator[str]:
+    """Parts of a layer of which the same bytes were kept, with different scales. Their names tell which is which, but
+    only where names are right of all others: expert n is at n, and gate and up begin at the same columns in all."""
     twins: list[tuple[Part, Part]] = []
-    columns: dict[int, set[tuple[int, int]]] = {}
-    for place, first, part in places:
-        other = alike.setdefault(bytes(buffer(as_bytes(part.bytes.contiguous()))), part)
-        if other.shape == part.shape and not torch.equal(other.values, part.values):
-            twins.append((other, part))
-        columns.setdefault(place, set()).add((part.role, first))
-    if twins:
-        usual = max(columns.values(), key=len)
+    elsewhere: list[str] = []
+    for stack in stacks:
+        places = [p for p in stack.places if not p[2].zeros]
+        alike: dict[bytes, Part] = {}
+        columns: dict[int, set[tuple[int, int]]] = {}
         for place, first, part in places:
-            if place != part.expert or (part.role, first) not in usual:
-                one, other = twins[0]
-                yield (
-                    f"{one.name} and {other.name} are alike wherever they were looked at, their scales are not, and "
-                    f"names do not tell where they are: {part.name} is at {place} in {stack.name}, column {first}"
-                )
+            if not bool((part.bytes & 0x7F).any()):
+                yield f"{part.name} {list(part.shape)}: zeros wherever it was looked at, and not elsewhere"
                 return
+            other = alike.setdefault(bytes(buffer(as_bytes(part.bytes.contiguous()))), part)
+            if other.shape == part.shape and not torch.equal(other.values, part.values):
+                twins.append((other, part))
+            columns.setdefault(place, set()).add((part.role, first))
+        usual = max(columns.values(), key=len, default=set())
+        elsewhere += [
+            f"{part.name} is at {place} in {stack.name}, column {first}"
+            for place, first, part in places
+            if place != part.expert or (part.role, first) not in usual
+        ]
+    if twins and elsewhere:
+        one, other = twins[0]
+        yield (
+            f"{one.name} and {other.name} are alike wherever they were looked at, their scales are not, and names do "
+            f"not tell where they are: {elsewhere[0]}"
+        )
