@@ -11,7 +11,7 @@ from ..errors import WeightError, listing
 from .check import is_weight
 from .names import short_name
 
-_ENDINGS = (".scale", ".weight_scale", ".weight_scale_inv", "_scale_inv")
+ENDINGS = (".scale", ".weight_scale", ".weight_scale_inv", "_scale_inv")
 
 
 def scales_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def scales_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
     for name, value in state_dict.items():
         if is_weight(name, value, state_dict):
             module = module_of(name)
-            found.update({short_name(module + e): module for e in _ENDINGS if module + e in state_dict})
+            found.update({short_name(module + e): module for e in ENDINGS if module + e in state_dict})
     return found
 
 
@@ -51,12 +51,12 @@ def check_complete(
     bare = [
         name
         for name in weights
-        if not any(module_of(name) + e in state_dict for e in _ENDINGS) and short_name(module_of(name)) not in unscaled
+        if not any(module_of(name) + e in state_dict for e in ENDINGS) and short_name(module_of(name)) not in unscaled
     ]
     left = []
     for name in state_dict:
         owner = before.get(short_name(name))
-        if owner is not None and not any(name.endswith(e) and name.removesuffix(e) in fp8 for e in _ENDINGS):
+        if owner is not None and not any(name.endswith(e) and name.removesuffix(e) in fp8 for e in ENDINGS):
             left.append(name)
     if not bare and not left:
         return

@@ -1,8 +1,7 @@
-"""Where did a model's conversion put its experts? Told by their bytes, so that their scales can follow them.
+"""The experts that a conversion is given: a few bytes of each weight are kept, and its scale.
 
 A conversion stacks, transposes, fuses, pads and renames weights as its model needs, and knows nothing of scales.
-Before it, a few bytes of every expert's weight are kept, and its scale. After it, those bytes are looked for in the
-stacked FP8 tensors: NxD's fused layers hold [experts, in, out], gate and up side by side along the last axis.
+After it, those bytes tell where each expert is (``stacked``).
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 
 from ..codes.dequantize import scale_values
-from ..codes.formats import E4M3FN
 from ..conventions import module_of
-from ..errors import WeightError, listing
+from ..errors import WeightError
 from ..plan import Pair
 from .check import is_weight
 from .names import short_name
@@ -50,6 +48,7 @@ class Part:
         shape: (out, in).
         rows, columns: indices of the bytes kept, each from the first to the last; shared by all parts of this shape.
         bytes: uint8 [rows, columns].
+        zeros: is the whole matrix zeros, so that any scale is right?
         values: float32 [row blocks, column blocks], the scale.
         block: (rows, columns) that one value covers.
     """
@@ -63,6 +62,7 @@ class Part:
     rows: torch.Tensor
     columns: torch.Tensor
     bytes: torch.Tensor
+    zeros: bool
     values: torch.Tensor
     block: tuple[int, int]
 
@@ -129,7 +129,7 @@ def _parts(name: str, weight: torch.Tensor, scale: torch.Tensor, pair: Pair, fla
     else:
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
     stacked = weight.dim() == 3
-    values, block = _flat_grid(name, matrices, scale, pair) if flat else _grid(matrices, scale, pair)
+    values, block = _flat_grid(name, matrices, scale, pair) if flat else _grid(name, matrices, scale, pair)
     if role == 2 if flat else stacked and pair.transposed:
         matrices, values, block = matrices.transpose(1, 2), values.transpose(1, 2), block[::-1]
     raw = matrices.view(torch.uint8)
@@ -161,7 +161,7 @@ def _flat_grid(
     values, kind = scale_values(scale).float(), pair.granularity.kind
     if kind == "tensor":
         return values.flatten()[:1].reshape(1, 1, 1).expand(experts, 1, 1), (rows, columns)
-    if values.numel() == experts:
+    if kind != "block" and values.numel() == scale.shape[0] == experts:
         return values.reshape(experts, 1, 1), (rows, columns)
     if kind == "row":
         return values.reshape(experts, rows, 1), (1, columns)
@@ -180,7 +180,7 @@ def _flat_grid(
     )
 
 
-def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
+def _grid(name: str, matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, tuple[int, int]]:
     """The scale as float32 [experts, row blocks, column blocks], and the size of a block, as the weight lies."""
     experts, rows, columns = matrices.shape
     values = scale_values(scale).float()
@@ -193,118 +193,21 @@ def _grid(matrices: torch.Tensor, scale: torch.Tensor, pair: Pair) -> tuple[torc
         return values.reshape(experts, -(-rows // height), -(-columns // width)), (height, width)
     if pair.transposed and values.numel() == experts * columns:
         return values.reshape(experts, 1, columns), (rows, 1)
+    if values.numel() != experts * rows or (pair.granularity.kind == "column" and not pair.transposed):
+        raise WeightError(
+            f"{name} {list(matrices.shape)}: a scale {list(scale.shape)}; expected one for all, or for each expert "
+            'one, one a row or one a block. Have it as bfloat16: fp8_rescale={"dequantize": ["*.experts.*"]}, with '
+            "modules_to_not_convert left out"
+        )
     return values.reshape(experts, rows, 1), (1, columns)
 
 
-def _probe(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _probe(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
     rows, columns = _spread(matrix.shape[0], _ROWS), _spread(matrix.shape[1], _COLUMNS)
-    return rows, columns, matrix[rows[:, None], columns]
+    kept = matrix[rows[:, None], columns]
+    return rows, columns, kept, not bool((kept & 0x7F).any()) and not bool((matrix & 0x7F).any())
 
 
 @functools.cache
 def _spread(size: int, most: int) -> torch.Tensor:
     return torch.linspace(0, size - 1, min(size, most), device="cpu").round().long()
-
-
-@dataclass
-class Placed:
-    """A stacked tensor of the converted state dict, and which part lies where in it.
-
-    Attributes:
-        name: of the tensor.
-        tensor: float8_e4m3fn [experts, in, out].
-        places: (place in the stack, first column, part).
-    """
-
-    name: str
-    tensor: torch.Tensor
-    places: list[tuple[int, int, Part]]
-
-
-def find(parts: list[Part], converted: Mapping[str, Any], source: str) -> list[Placed]:
-    """Find the parts in the stacked FP8 weights of what a conversion returned.
-
-    Returns:
-        the weights of which every column belongs to a part, but for columns of zeros, which padding made. Stacks in
-        which no part was found are left out.
-
-    Raises:
-        WeightError: some of a stack was found, and not all of it; or a part is nowhere, and neither is its weight.
-    """
-    stacks: dict[str, list[Placed]] = {}
-    for name, value in converted.items():
-        stacks.setdefault(layer_of(name), [])
-        if isinstance(value, torch.Tensor) and value.dtype == E4M3FN and value.dim() == 3 and name.endswith(".weight"):
-            stacks[layer_of(name)].append(Placed(name, value, []))
-    there = {short_name(name) for name in converted}
-    lost: dict[str, None] = {}
-    for part in parts:
-        for stack in sorted(stacks.get(part.layer, ()), key=lambda s: ("down" in s.name) != (part.role == 2)):
-            place = _place(part, stack)
-            if place is not None:
-                stack.places.append((*place, part))
-                break
-        else:
-            # a layer that the model does not have is no loss
-            if part.layer in stacks and short_name(part.name) not in there:
-                lost.setdefault(f"{part.name} {list(part.shape)}: its bytes are in no stacked FP8 weight")
-    found = [stack for several in stacks.values() for stack in several if stack.places]
-    problems = [problem for stack in found for problem in _uncovered(stack)] or list(lost)
-    if problems:
-        raise WeightError(
-            f"{source}: the model's conversion did something to its experts that is not understood, "
-            f"{listing('problem', problems, 8)}\n"
-            "Expected were weights [experts, in, out] of which each column is a row of one expert of the same layer, "
-            "unchanged, gate and up side by side, or zeros. Have the experts as bfloat16: "
-            'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
-        )
-    return found
-
-
-def _place(part: Part, stack: Placed) -> tuple[int, int] | None:
-    """(place in the stack, first column) where the part's bytes lie."""
-    experts, rows, columns = stack.tensor.shape
-    out, inner = part.shape
-    if rows < inner or columns < out:
-        return None
-    raw = stack.tensor.view(torch.uint8)
-    for place in sorted(range(experts), key=lambda k: k != part.expert):
-        taken = {first for other, first, _ in stack.places if other == place}
-        likely = columns // 2 if part.role == 1 else 0
-        if likely not in taken and likely + out <= columns and _is_at(part, raw[place], likely):
-            return place, likely
-        across = raw[place][part.columns]  # [columns kept, out]
-        starts = (across == part.bytes[0][:, None]).all(dim=0).nonzero().flatten().tolist()
-        for first in starts:
-            if first in taken or first + out > columns:
-                continue
-            if bool((across[:, part.rows + first] == part.bytes.T).all()):
-                return place, first
-    return None
-
-
-def _is_at(part: Part, matrix: torch.Tensor, first: int) -> bool:
-    return torch.equal(matrix[part.columns, part.rows[:, None] + first], part.bytes)
-
-
-def _uncovered(stack: Placed) -> Iterator[str]:
-    """What in a stack belongs to no part, or to two, and is not zero."""
-    experts, _, columns = stack.tensor.shape
-    raw = stack.tensor.view(torch.uint8)
-    free = torch.ones(experts, columns, dtype=torch.bool)
-    for place, first, part in stack.places:
-        out, inner = part.shape
-        below = raw[place, inner:, first : first + out]
-        if not bool(free[place, first : first + out].all()) or bool((below & 0x7F).any()):
-            yield f"{stack.name} {list(raw.shape)}: {part.name} was found at {place}, and something else with it"
-            return
-        free[place, first : first + out] = False
-    for place in range(experts):
-        left = free[place].nonzero().flatten()
-        bad = left[((raw[place][:, left] & 0x7F) != 0).any(dim=0)] if len(left) else left
-        if len(bad):
-            yield (
-                f"{stack.name} {list(raw.shape)}: expert {place}, columns {int(bad[0])} to {int(bad[-1])} are not of "
-                "this layer's experts"
-            )
-            return

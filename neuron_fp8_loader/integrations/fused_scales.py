@@ -20,11 +20,12 @@ import torch
 from ..codes.requantize import Fidelity, requantize, tiles
 from ..errors import OptionError, ScaleError, printable
 from ..host.parallel import run
-from .experts import Part, Placed, find
+from .experts import Part
 from .flag import BLOCKWISE, quantization_type
 from .modules import Modules
 from .names import short_name
 from .quantizing import ANY_SIZE
+from .stacked import Placed, find
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -75,7 +76,7 @@ def attach_scales(
         threads: how many work at once.
 
     Raises:
-        WeightError: see ``experts.find``.
+        WeightError: see ``stacked.find``.
         OptionError: the quantization type cannot hold these scales without a loss that nobody asked for.
         ScaleError: a scale is not finite, or not above 0 where it must be.
     """

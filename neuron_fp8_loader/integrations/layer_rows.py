@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from ..conventions import module_of
-from ..host.memory import as_bytes, buffer
 from .names import short_name
-
-_GROUPS, _GROUP = 4, 8  # of a sample, about: so many groups of columns a row, that side by side, as memory has them
+from .rows import as_rows, digests_of, sample_of, zeros_in
 
 
 class Given(NamedTuple):
@@ -35,11 +34,11 @@ class Given(NamedTuple):
     def of(cls, module: str, weight: torch.Tensor, scale: torch.Tensor) -> Given:
         weight = weight.detach()  # ``.data = ...`` changes the tensor that others hold
         values = scale.detach().float().flatten().clone()
-        return cls(module, weight, values, _sample(weight), _version(weight))
+        return cls(module, weight, values, sample_of(weight), _version(weight))
 
     def written(self) -> bool:
         """Has the weight been changed in place? Behind torch's back too, as far as the sample tells."""
-        return _version(self.weight) != self.version or not torch.equal(_sample(self.weight), self.sample)
+        return _version(self.weight) != self.version or not torch.equal(sample_of(self.weight), self.sample)
 
     def is_still(self, weight: torch.Tensor) -> bool:
         """Is this the weight, or a copy of it, unchanged?"""
@@ -47,6 +46,13 @@ class Given(NamedTuple):
             return False
         same = weight.data_ptr() == self.weight.data_ptr() and weight.stride() == self.weight.stride()
         return same or torch.equal(weight.view(torch.uint8), self.weight.view(torch.uint8))
+
+    def is_within(self, weight: torch.Tensor) -> bool:
+        """As ``is_still``, or with rows or columns of zeros after its own?"""
+        rows, columns = self.weight.shape
+        more = (weight[rows:], weight[:, columns:])
+        zeros = not any(bool((part.view(torch.uint8) & 0x7F).any()) for part in more)
+        return zeros and self.is_still(weight[:rows, :columns])
 
     def is_transposed(self, weight: torch.Tensor) -> bool:
         raw = self.weight.view(torch.uint8).T
@@ -65,17 +71,46 @@ _Origins = dict[float, _Origin]
 """The scales that a row may have, each with the first row that had it."""
 
 
+class _Old(NamedTuple):
+    """A weight that the conversion was given, as it is afterwards.
+
+    Attributes:
+        given: the weight.
+        written: has it been written into?
+        samples: of its rows, as they were.
+        digests: of those rows that were read.
+    """
+
+    given: Given
+    written: bool
+    samples: list[bytes]
+    digests: set[bytes]
+
+
 class LayerRows:
-    """The rows of one layer's weights. None is read before it is asked for."""
+    """The rows of one layer's weights, each known by its SHA-256.
+
+    Rows are read when one with the same sample is asked for, and then all that have it: which of them it is hangs on
+    every byte, and whether it may be another is known. Of a row that was read, the digest is kept.
+    """
 
     def __init__(self, givens: list[Given]) -> None:
         self.givens = givens
         self._named = {short_name(given.module): given for given in givens}
         self._placed_at = {given.weight.data_ptr(): given for given in givens}
-        self._values: set[float] | None = None
-        self._whole: dict[bytes, _Origins] | None = None
+        self._asked: dict[int, set[bytes]] = {}  # by width, the samples whose rows were read
+        self._shared: set[bytes] = set()  # those of them that a row has
+        self._whole: dict[bytes, _Origins] = {}
         self._written: dict[tuple[int, bytes], _Origins] = {}
         self._placed: set[bytes] | None = None  # rows of weights that got their scales here
+
+    @cached_property
+    def _olds(self) -> list[_Old]:
+        return [_Old(given, given.written(), as_rows(given.sample), set()) for given in self.givens]
+
+    @cached_property
+    def _values(self) -> set[float]:
+        return {1.0}.union(*(given.values.tolist() for given in self.givens))  # 1 for padding
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The scale of a weight that has none.
@@ -88,8 +123,10 @@ class LayerRows:
         """
         values, modules, unknown, zeros = [1.0] * weight.shape[0], set(), None, True
         distinct: dict[float, None] = {}
-        for row, known, written in self._look_up(weight):
+        digests: set[bytes] = set()
+        for row, digest, known, written in self._look_up(weight):
             zeros = False
+            digests.add(digest)
             if written:
                 raise ValueError(_in_place(row, written))
             if len(known) > 1:
@@ -111,7 +148,7 @@ class LayerRows:
                 f'its rows have {len(distinct)} scales, of which quantization_type="per_tensor_symmetric" takes one; '
                 'set "per_channel_symmetric"'
             )
-        self._placed = (self._placed or set()).union(_rows(weight))
+        self._placed = digests if self._placed is None else self._placed | digests
         return torch.tensor([*distinct] or [1.0]) if one else torch.tensor(values).unsqueeze(1)
 
     def check(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -125,12 +162,12 @@ class LayerRows:
         values = scale.float().flatten().tolist()
         if given is not None and still and values == given.values.tolist():
             return
-        if not fits(scale, weight) or not (self._all_given(values) or (given is not None and not still)):
+        if not fits(scale, weight) or not (self._values.issuperset(values) or (given is not None and not still)):
             return
         one = len(values) == 1
         if given is not None and not one and values == given.values.tolist() and given.is_transposed(weight):
             raise ValueError("it was transposed, its scale was not")
-        for row, known, written in self._look_up(weight):
+        for row, _, known, written in self._look_up(weight):
             value = values[0 if one else row]
             if written and not (one and value in written):
                 raise ValueError(_in_place(row, written))
@@ -140,44 +177,50 @@ class LayerRows:
                     f"row {row} is {origin}, whose scale is another: rows were moved, their scales were not"
                 )
 
-    def _all_given(self, values: list[float]) -> bool:
-        if self._values is None:
-            self._values = {1.0}.union(*(given.values.tolist() for given in self.givens))  # 1 for padding
-        return self._values.issuperset(values)
-
     def moved(self) -> list[str]:
         """The modules of which a row got its scale here, or that are all zeros in a layer where others did."""
         if self._placed is None:
             return []
-        found = []
-        for given in (g for g in self.givens if not g.written()):
-            rows = [row for row, zero in zip(_rows(given.weight), _zeros(given.weight), strict=True) if not zero]
-            if not rows or not self._placed.isdisjoint(rows):
-                found.append(given.module)
-        return found
+        return [
+            given.module
+            for given, written, samples, digests in self._olds
+            if not written
+            and (not self._placed.isdisjoint(digests) or len(zeros_in(given.weight, samples)) == len(samples))
+        ]
 
-    def _look_up(self, weight: torch.Tensor) -> Iterator[tuple[int, _Origins, _Origins]]:
-        """(row, what it may be, what it may be of a weight that was written into) of all rows but zeros."""
-        whole = self._whole = self._read() if self._whole is None else self._whole
-        width, none = weight.shape[1], _Origins()
-        samples = _rows(_sample(weight)) if self._written else [b""] * weight.shape[0]
-        rows = zip(_rows(weight), _zeros(weight), samples, strict=True)
-        for number, (row, zero, sample) in enumerate(rows):
-            if not zero:
-                yield number, whole.get(row, none), self._written.get((width, sample), none)
+    def _look_up(self, weight: torch.Tensor) -> Iterator[tuple[int, bytes, _Origins, _Origins]]:
+        """(row, digest, what it may be, what it may be of a weight that was written into) of all rows but zeros.
 
-    def _read(self) -> dict[bytes, _Origins]:
-        whole: dict[bytes, _Origins] = {}
-        for given in self.givens:
-            count, width = given.weight.shape
-            values = given.values.expand(count).tolist()
-            written = given.written()
-            for n, (row, value) in enumerate(
-                zip(_rows(given.sample if written else given.weight), values, strict=True)
-            ):
-                origins = self._written.setdefault((width, row), {}) if written else whole.setdefault(row, {})
-                origins.setdefault(value, _Origin(given.module, n))
-        return whole
+        The digest is empty where no row has the sample.
+        """
+        width, samples, none = weight.shape[1], as_rows(sample_of(weight)), _Origins()
+        zeros = set(zeros_in(weight, samples))
+        rest = [n for n in range(len(samples)) if n not in zeros]
+        self._read(width, {samples[n] for n in rest})
+        rows = [n for n in rest if samples[n] in self._shared]
+        digests = dict(zip(rows, digests_of(weight, rows), strict=True))
+        for n in rest:
+            digest = digests.get(n, b"")
+            yield n, digest, self._whole.get(digest, none), self._written.get((width, samples[n]), none)
+
+    def _read(self, width: int, samples: set[bytes]) -> None:
+        """Know all rows of this width that have one of these samples."""
+        asked = self._asked.setdefault(width, set())
+        new = samples - asked
+        asked |= new
+        for given, written, own, seen in self._olds:
+            rows = [n for n, sample in enumerate(own) if sample in new] if given.weight.shape[1] == width else []
+            if not rows:
+                continue
+            values = given.values.expand(len(own)).tolist()
+            if written:
+                for n in rows:
+                    self._written.setdefault((width, own[n]), {}).setdefault(values[n], _Origin(given.module, n))
+                continue
+            self._shared.update(own[n] for n in rows)
+            for n, digest in zip(rows, digests_of(given.weight, rows), strict=True):
+                self._whole.setdefault(digest, {}).setdefault(values[n], _Origin(given.module, n))
+                seen.add(digest)
 
 
 def fits(scale: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -188,33 +231,6 @@ def fits(scale: torch.Tensor, weight: torch.Tensor) -> bool:
 def _in_place(row: int, written: _Origins) -> str:
     origin = next(iter(written.values()))
     return f"the conversion wrote into {origin.module}, of whose old rows row {row} may be one"
-
-
-def _rows(weight: torch.Tensor) -> list[bytes]:
-    whole, width = weight.contiguous(), weight.shape[1]
-    raw = buffer(as_bytes(whole))
-    return [bytes(raw[start : start + width]) for start in range(0, whole.numel(), width)]
-
-
-def _zeros(weight: torch.Tensor) -> list[bool]:
-    zeros: list[bool] = (weight.view(torch.uint8) & 0x7F == 0).all(dim=1).tolist()
-    return zeros
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, columns], a copy: groups of columns all over a weight [rows, width], wherever and however it lies.
-
-    A group is one access to memory: looking at every weight must cost little beside reading it.
-    """
-    raw, width = weight.view(torch.uint8), weight.shape[1]
-    step = max(1, width // _GROUP // _GROUPS)
-    aligned = raw.storage_offset() % _GROUP == 0 and raw.stride(0) % _GROUP == 0 and raw.data_ptr() % _GROUP == 0
-    if width >= _GROUP and width % _GROUP == 0 and raw.stride(1) == 1 and aligned:
-        groups = raw.view(torch.int64)[:, ::step]
-        return groups.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    first = torch.arange(0, max(1, width // _GROUP), step, device="cpu") * _GROUP
-    columns = (first[:, None] + torch.arange(min(_GROUP, width), device="cpu")).flatten()
-    return raw.index_select(1, columns)
 
 
 def _version(tensor: torch.Tensor) -> int:

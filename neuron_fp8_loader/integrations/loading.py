@@ -21,6 +21,7 @@ from ..load.files import load_checkpoint
 from ..load.state_dict import rescale_by
 from ..options import Options
 from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
+from .cast import Elements
 from .check import check_ready, is_weight
 from .complete import check_complete, codes_as_values, scales_of
 from .converting import quick
@@ -213,8 +214,8 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         session.scales.update(scales_of(state_dict))
         taken, threads = takes(cls), Options.of(session.options).thread_count()
         parts = parts_of(state_dict, session.pairs, taken.experts(config) if taken else 0)
-        rows = Rows.of(state_dict)
-        check_alike(state_dict, taken, Shown(path))
+        rows, elements = Rows.of(state_dict), Elements.of(state_dict)
+        check_alike(state_dict, taken, Shown(path), floats=not session.quantized and not session.own_scales)
         fp8 = [] if session.quantized else [n for n, t in state_dict.items() if is_weight(n, t, state_dict)]
         with quick(threads):
             placed = as_taken(state_dict, taken, session.pairs)
@@ -225,6 +226,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
                     raise codes_as_values(Shown(path), fp8) from error
                 raise
         converted.update(only_of(converted, placed))
+        elements.check(converted, Shown(path))
         if session.quantized:
             rows.attach(converted, Shown(path))
         if parts:

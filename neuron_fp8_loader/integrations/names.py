@@ -169,6 +169,11 @@ def short_name(name: str) -> str:
     return _PREFIX.sub("", name)
 
 
+def is_of_decoder(name: str) -> bool:
+    """Is a tensor of the checkpoint of no other tower, and of no layer that predicts more tokens?"""
+    return _OTHER_TOWER.match(short_name(name)) is None
+
+
 def paths_of(module: str) -> tuple[str, ...]:
     """The paths that a module of the checkpoint may have in NxD Inference, and its own without ``model.`` first."""
     return tuple(dict.fromkeys((short_name(module), *_module(module).paths)))

@@ -5,7 +5,8 @@ scale beside it. An output row keeps its scale wherever it goes, so rows are tol
 
 - a weight without a scale gets the scale of each row; a row that two scales could belong to is refused;
 - where a scale stayed beside a weight, each row that is known must have its own;
-- a weight that the conversion wrote into is not what it was: what may be a row of it is refused.
+- a weight that the conversion wrote into is not what it was: what may be a row of it is refused;
+- a weight beside which another's scales of blocks are, or its own though it was changed, is refused.
 
 Rows of zeros take any scale. Of rows that are in no weight of the layer (columns padded or reordered, weights that the
 model quantized anew) nothing is claimed: with a scale they pass, without one ``check_complete`` names them.
@@ -35,10 +36,12 @@ class Rows:
     """The FP8 weights that a conversion is given, with their scales.
 
     Attributes:
-        layers: by the number of the layer.
+        layers: by the number of the layer, those that have one scale or one a row.
+        blocks: likewise, those that have one for each block.
     """
 
     layers: dict[str, list[Given]] = field(default_factory=dict)
+    blocks: dict[str, list[Given]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> Rows:
@@ -49,8 +52,12 @@ class Rows:
             scale = state_dict.get(f"{module}.scale")
             if not isinstance(scale, torch.Tensor) or is_expert(name) or not is_weight(name, weight, state_dict):
                 continue
-            if weight.dim() == 2 and weight.numel() and fits(scale, weight):
+            if weight.dim() != 2 or not weight.numel():
+                continue
+            if fits(scale, weight):
                 found.layers.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
+            elif scale.dim() == 2 and scale.shape != (1, weight.shape[1]):  # rows may be moved below one a column
+                found.blocks.setdefault(layer_of(name), []).append(Given.of(module, weight, scale))
         return found
 
     def attach(self, converted: MutableMapping[str, Any], source: str) -> None:
@@ -79,6 +86,7 @@ class Rows:
                 try:
                     if place in converted:
                         layer.check(name, weight, converted[place])
+                        self._check_blocks(number, weight, converted[place])
                         continue
                     scale = layer.scale(weight)
                 except ValueError as error:
@@ -101,3 +109,12 @@ class Rows:
                 del converted[name]
         if moved:
             log.info("%s: scales follow rows of %s", source, listing("weight", sorted(moved), 5))
+
+    def _check_blocks(self, number: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """Raise ValueError where the scales of a weight's blocks are beside what that weight is not, or no longer."""
+        values = scale.float().flatten()
+        if bool((values == values[:1]).all()):
+            return  # in whatever order
+        owners = [given for given in self.blocks.get(number, ()) if torch.equal(given.values, values)]
+        if owners and not any(given.is_within(weight) for given in owners):
+            raise ValueError(f"has the scales of the blocks of {owners[0].module}, and is not what that weight was")

@@ -70,6 +70,7 @@ lie on disk; to have it served with both forms, add a line."""
 _STACK = re.compile(r"^(?P<head>.*\.experts)\.(?P<proj>gate_up_proj|down_proj)(\.weight)?$")
 _SINGLE = re.compile(r"^(?P<head>.*\.experts)\.(?P<number>\d+)\.(?P<proj>\w+)\.weight$")
 _FLAT = re.compile(r"^(?P<name>.*\.experts\.mlp\.\w+?)(_|\.)weight$")
+_BOTH = "Name both gate_up_proj and down_proj of its experts in modules_to_not_convert, or neither. Or else: "
 _LAYER = re.compile(r"^(?P<layer>(layers|blocks|h)\.\d+\.)")
 
 
@@ -111,21 +112,30 @@ def as_taken(
     return _placed(state_dict, form.block, pairs, made) if form.block else {}
 
 
-def check_alike(state_dict: Mapping[str, Any], form: Takes | None, source: str) -> None:
-    """Raise OptionError where a conversion that stacks experts in the dtype of the first would cast others."""
-    if form is None or form.stacked:
+def check_alike(state_dict: Mapping[str, Any], form: Takes | None, source: str, *, floats: bool = False) -> None:
+    """Raise OptionError where experts are FP8 and others not that are stacked in the dtype of the first, which casts
+    the others: codes would become values.
+
+    Args:
+        state_dict: name -> tensor, as a conversion will be given it.
+        form: what it takes.
+        source: the checkpoint, for the message.
+        floats: has the model no quantized layers, and reads no scales by itself? Then no experts may differ.
+    """
+    if form is None and not floats:
         return
-    first: dict[str, dict[bool, str]] = {}
+    down = form.down if form is not None and form.stacked else None  # stacked by us, and in a tensor of its own
+    first: dict[tuple[str, bool], dict[bool, str]] = {}
     for name, value in state_dict.items():
         match = _SINGLE.match(name)
         if match and isinstance(value, torch.Tensor):
-            kinds = first.setdefault(match["head"], {})
+            kinds = first.setdefault((match["head"], match["proj"] == down), {})
             kinds.setdefault(value.dtype == E4M3FN, name)
             if len(kinds) == 2:
+                listed = "" if down or floats else _BOTH
                 raise OptionError(
                     f"{source}: {kinds[True]} is FP8, and {kinds[False]} is not, or not any more; this model stacks "
-                    "the experts of a layer in one dtype. Name both gate_up_proj and down_proj of its experts in "
-                    "modules_to_not_convert, or neither; or have all experts as bfloat16: "
+                    f"the experts of a layer in one dtype. {listed}Have all experts as bfloat16: "
                     'fp8_rescale={"dequantize": ["*.experts.*"]}, with modules_to_not_convert left out'
                 )
 

@@ -12,15 +12,29 @@ import pytest
 import torch
 
 from neuron_fp8_loader import OptionError, WeightError
+from neuron_fp8_loader.codes.granularity import granularity
+from neuron_fp8_loader.integrations.experts import parts_of
+from neuron_fp8_loader.plan import Pair
 from tests.integrations.apps import config_for
 from tests.integrations.checkpoints import write
 from tests.integrations.conftest import Standin
 from tests.integrations.moe_checkpoints import quantized
-from tests.integrations.test_experts import BLOCKWISE, EXPERT_WISE, EXPERTS, HIDDEN, INTER, LAYERS, checkpoint, pairs
-from tests.support import sqnr
+from tests.integrations.test_experts import (
+    BLOCKWISE,
+    EXPERT_WISE,
+    EXPERTS,
+    HIDDEN,
+    INTER,
+    LAYERS,
+    checkpoint,
+    conversion,
+    pairs,
+)
+from tests.support import random_codes, sqnr
 
 Tensors = dict[str, torch.Tensor]
 FLAT = ("w1", "v1", "w2")
+FP8 = torch.float8_e4m3fn
 
 
 def load(nxdi: Standin, family: str, path: str, convert: Callable[..., Tensors], **given: Any) -> Tensors:
@@ -91,6 +105,53 @@ def test_half_of_the_experts_as_bfloat16(enabled: Standin, tmp_path: Path, plain
         name = f"layers.0.mlp.moe.expert_mlps.mlp_op.{part}"
         assert (loaded[f"{name}.weight"].dtype == torch.bfloat16) == (part == plain)
         assert (f"{name}.scale" in loaded) == (part != plain)
+
+
+@pytest.mark.parametrize("chosen", [["*gate_proj"], ["*.experts.0.*"], ["*.experts.2.down_proj"]])
+@pytest.mark.parametrize("family", ["qwen35", "qwen3_moe", "unheard_of"])
+def test_some_experts_as_bfloat16_for_a_model_without_quantized_layers(
+    enabled: Standin, tmp_path: Path, family: str, chosen: list[str]
+) -> None:
+    """The codes of the others would be cast to bfloat16, and so be used as values, and no FP8 weight be left."""
+
+    def stack(state_dict: Tensors, config: Any) -> Tensors:
+        for head in {name.partition(".experts.")[0] for name in state_dict if ".experts." in name}:
+            for proj in ("gate_proj", "up_proj", "down_proj"):
+                parts = [state_dict.pop(f"{head}.experts.{n}.{proj}.weight") for n in range(EXPERTS)]
+                both = torch.empty(EXPERTS, *parts[0].shape, dtype=torch.bfloat16)
+                for n, part in enumerate(parts):
+                    both[n] = part
+                state_dict[f"{head}.expert_mlps.{proj}.weight"] = both
+        return {name: t for name, t in state_dict.items() if ".experts." not in name}
+
+    given = {"quantized": False, "fp8_rescale": {"dequantize": ["*.self_attn.*", *chosen]}}
+    with pytest.raises(OptionError, match=r"is FP8, and \S+ is not, or not any more.*\*\.experts\.\*"):
+        load(enabled, family, write(tmp_path, checkpoint("block")[0]), stack, **given)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_experts_that_predict_more_tokens_are_of_no_layer_of_the_decoder(
+    enabled: Standin, tmp_path: Path, kept: bool
+) -> None:
+    """Qwen3.5's `mtp.layers.0`: its port drops it."""
+    tensors, exact = checkpoint("block")
+    as_bytes = {n: t.view(torch.uint8) if t.dtype == FP8 else t for n, t in tensors.items() if ".layers." in n}
+    more = {n.replace("model.", "mtp."): t.flip(0) for n, t in as_bytes.items()}
+    more = {n: t.view(FP8) if n.endswith(".weight") else t for n, t in more.items()}
+    stack = conversion()
+
+    def convert(state_dict: Tensors, config: Any) -> Tensors:
+        own = {n.removeprefix("mtp."): state_dict.pop(n) for n in list(state_dict) if n.startswith("mtp.")}
+        result = stack(state_dict, config)
+        return result | {f"mtp.{n}": t for n, t in stack(own, config).items()} if kept else result
+
+    loaded = load(enabled, "unheard_of", write(tmp_path, tensors | more), convert, **EXPERT_WISE)
+    upside_down = {name: value.flip(0) for name, value in exact.items()}
+    both = {"": exact, "mtp.": upside_down} if kept else {"": exact}
+    for prefix, wanted in both.items():
+        own = {n.removeprefix(prefix): t for n, t in loaded.items() if n.startswith(prefix)}
+        for name, want, got in pairs(own, wanted):
+            assert all(sqnr(w, g) > 25 for w, g in zip(want, got, strict=True)), prefix + name
 
 
 def test_experts_as_bfloat16_are_put_around_it_too(enabled: Standin, tmp_path: Path) -> None:
@@ -199,3 +260,23 @@ def test_as_many_experts_as_the_config_says(enabled: Standin, tmp_path: Path) ->
     tensors["transformer.blocks.0.ffn.experts.mlp.w1"] = tensors["transformer.blocks.0.ffn.experts.mlp.w1"][:-1]
     with pytest.raises(WeightError, match=rf"mlp\.w1 \[383, {HIDDEN}\].*rows of {EXPERTS} experts"):
         load(enabled, "dbrx", write(tmp_path, tensors), as_dbrx, **EXPERT_WISE)
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(64, (2, 2)), (32, (1, 4))])
+def test_as_many_blocks_as_experts_are_not_one_each(rows: int, grid: tuple[int, int]) -> None:
+    name, shape = "blocks.0.ffn.experts.mlp.w1", (4 * rows, 128 * grid[1])
+    covers = granularity(shape, grid, (128, 128))
+    assert covers.block == (128, 128)
+    state = {f"{name}.weight": random_codes(shape), f"{name}.scale": torch.rand(grid)}
+    pair = Pair(f"{name}.weight", f"{name}.scale", "", covers, name)
+    with pytest.raises(WeightError, match="of which no two experts share one"):
+        parts_of(state, {name: pair}, flat=4)
+
+
+@pytest.mark.parametrize("columns", [64, 32])
+def test_a_scale_along_the_input_of_stacked_experts_is_none_of_their_rows(columns: int) -> None:
+    name = "layers.0.mlp.experts.down_proj"
+    state = {name: random_codes((4, 64, columns)), f"{name}.scale": torch.rand(4, 1, columns)}
+    pair = Pair(name, f"{name}.scale", "", granularity((4, 64, columns), (4, 1, columns)), name)
+    with pytest.raises(WeightError, match=rf"down_proj \[4, 64, {columns}\]: a scale \[4, 1, {columns}\]; expected"):
+        parts_of(state, {name: pair})

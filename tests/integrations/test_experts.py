@@ -187,6 +187,63 @@ def test_where_bytes_are_the_same_names_decide(enabled: Standin, tmp_path: Path)
         assert sqnr(want, got) > 50
 
 
+def with_twins(one: str, other: str) -> tuple[Tensors, Tensors]:
+    """The second projection of layer 1 has the bytes of the first, and a scale of its own."""
+    tensors, exact = checkpoint("channel")
+    one, other = (f"layers.1.mlp.experts.{name}" for name in (one, other))
+    tensors[f"model.{other}.weight"] = tensors[f"model.{one}.weight"].clone()
+    exact[other] = tensors[f"model.{one}.weight"].float() * tensors[f"model.{other}.weight_scale"]
+    return tensors, exact
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "convert"),
+    [
+        ("0.gate_proj", "1.gate_proj", conversion(order=(2, 1, 0))),
+        ("0.down_proj", "2.down_proj", conversion(order=(1, 2, 0))),
+        ("1.gate_proj", "1.up_proj", conversion(up_first=True)),
+    ],
+)
+def test_equal_bytes_with_different_scales_are_refused_where_names_mislead(
+    enabled: Standin, tmp_path: Path, one: str, other: str, convert: Callable[..., Tensors]
+) -> None:
+    tensors, exact = with_twins(one, other)
+    path = write(tmp_path, tensors)
+    with pytest.raises(WeightError, match=rf"experts.{one}.weight and \S+experts.{other}.weight are alike"):
+        load(enabled, path, convert, **EXPERT_WISE)
+    for _, want, got in pairs(load(enabled, path, conversion(), **EXPERT_WISE), exact):
+        assert sqnr(want, got) > 50
+
+
+@pytest.mark.parametrize("up_first", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_experts_of_zeros(enabled: Standin, tmp_path: Path, order: tuple[int, ...], up_first: bool) -> None:
+    """Such as fill a checkpoint up to a number of experts."""
+    tensors, exact = checkpoint("channel")
+    for name in PROJECTIONS:
+        at = f"layers.0.mlp.experts.1.{name}"
+        tensors[f"model.{at}.weight"].view(torch.uint8)[:] = 0
+        exact[at] = torch.zeros_like(exact[at])
+    convert = conversion(order=order, up_first=up_first, pad=64)
+    loaded = load(enabled, write(tmp_path, tensors), convert, **EXPERT_WISE)
+    for name, want, got in pairs(loaded, exact, order, wide=INTER + 64):
+        if not up_first or name == "down_proj":
+            assert np.array_equal(want, got) or sqnr(want, got) > 50
+    gate_up = dequantized(loaded, "layers.0.mlp.expert_mlps.mlp_op.gate_up_proj")
+    assert np.isfinite(gate_up).all()
+    assert not gate_up[order.index(1)].any()
+
+
+def test_experts_of_which_nothing_is_seen_are_refused(enabled: Standin, tmp_path: Path) -> None:
+    tensors, _ = checkpoint("channel")
+    weight = tensors["model.layers.0.mlp.experts.1.up_proj.weight"].view(torch.uint8)
+    weight[torch.linspace(0, len(weight) - 1, 8).round().long()] = 0
+    with pytest.raises(
+        WeightError, match=r"experts\.1\.up_proj\.weight \[128, 256\]: zeros wherever it was looked at"
+    ):
+        load(enabled, write(tmp_path, tensors), conversion(), **EXPERT_WISE)
+
+
 def test_one_scale_for_all_experts_says_what_it_cost(
     enabled: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -238,7 +238,8 @@ def test_scales_of_a_model_that_does_without_quantized_layers_keep_name_and_shap
         @staticmethod
         def convert_hf_to_neuron_state_dict(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
             seen.update(state_dict)
-            return {n: t.bfloat16() for n, t in state_dict.items() if not n.endswith("_scale_inv")}
+            floats = {n: t.float() * 0.02 if t.dtype == torch.float8_e4m3fn else t for n, t in state_dict.items()}
+            return {n: t.bfloat16() for n, t in floats.items() if not n.endswith("_scale_inv")}
 
     app = app_for(enabled, path, quantized=False)
     App(app.model_path, app.config).checkpoint_loader_fn()

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from neuron_fp8_loader import WeightError
-from neuron_fp8_loader.integrations.layer_rows import _sample
 from neuron_fp8_loader.integrations.row_scales import Rows
 from tests.support import e4m3fn, random_codes
 
@@ -353,20 +352,3 @@ def test_two_rows_swapped_in_place_with_one_byte_in_common() -> None:
 
     with pytest.raises(WeightError, match="wrote into"):
         converted(tensors, convert)
-
-
-@pytest.mark.parametrize("width", [1, 5, 8, 24, 32, 100, 256, 2056])
-def test_a_sample_is_the_same_however_a_weight_lies(width: int) -> None:
-    raw = torch.randint(0, 256, (7, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(width))
-    weight = raw.view(torch.float8_e4m3fn)
-    odd = torch.zeros(7 * width + 3, dtype=torch.uint8)[3:].view(7, width).copy_(raw).view(torch.float8_e4m3fn)
-    wide = torch.zeros(7, width + 9, dtype=torch.uint8)[:, :width].copy_(raw).view(torch.float8_e4m3fn)
-    turned = raw.t().contiguous().t().view(torch.float8_e4m3fn)
-    sample = _sample(weight)
-    for other in (odd, wide, turned):
-        assert torch.equal(_sample(other), sample)
-    assert sample.shape[1] <= min(width, 5 * 8)
-    before = sample.clone()
-    raw[:, 0] ^= 1
-    assert torch.equal(sample, before)  # a copy
-    assert (_sample(weight) != sample).any(dim=1).all()

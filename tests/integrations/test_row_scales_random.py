@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from neuron_fp8_loader import WeightError
 from neuron_fp8_loader.integrations.complete import check_complete, scales_of
 from neuron_fp8_loader.integrations.row_scales import Rows
+from tests.integrations.test_rows import sampled
 from tests.support import e4m3fn
 
 FP8 = torch.float8_e4m3fn
 AT = "layers.3.self_attn"
+CODES = st.sampled_from([2, 0x78])
 NAMES = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8}
 
 
@@ -49,12 +51,16 @@ class Layer:
 def made(draw: st.DrawFn) -> tuple[Layer, bool]:
     """A layer, and whether equal rows of it have different scales."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    width, codes = draw(st.sampled_from([8, 40])), draw(st.sampled_from([2, 0x78]))
+    widths, codes = draw(st.sampled_from([(1, 8), (8, 8), (40, 40), (100, 100), (100, 8)])), draw(CODES)
+    alike_where_sampled = draw(st.booleans())
     one = draw(st.booleans())
     alike = draw(st.booleans()) or one  # all weights of a layer with one scale have the same, or cannot be fused
     layer = Layer()
     for name, rows in NAMES.items():
+        width = widths[name == "o_proj"]
         weight = rng.integers(0, codes, (rows, width), dtype=np.uint8)
+        if alike_where_sampled and width > 8:
+            weight[:, sampled(width).numpy()] = 0
         weight[rng.random(rows) < 0.2] = 0
         if draw(st.integers(0, 5)) == 0:
             weight[:] = rng.choice([0, 0x80])
@@ -99,9 +105,10 @@ def convert(draw: st.DrawFn, layer: Layer) -> None:
         layer.doubtful = True
         return
     if step == "fuse":
-        names = [name, *(n for n in sorted(layer.truth) if n != name and draw(st.booleans()))]
-        widths = {layer.truth[n].shape[1] for n in names}
-        assert len(widths) == 1
+        fitting = [
+            n for n in sorted(layer.truth) if n != name and layer.truth[n].shape[1] == layer.truth[name].shape[1]
+        ]
+        names = [name, *(n for n in fitting if draw(st.booleans()))]
         parts = [layer.take(n, along == "left") for n in names]
         scales = [s.expand(len(w), 1) for w, s, _ in parts if s is not None]
         whole = torch.cat(scales) if along == "moved" and len(scales) == len(parts) else None

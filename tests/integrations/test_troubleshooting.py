@@ -187,6 +187,19 @@ def torn_by_a_model(tmp_path: Path, enabled: Standin) -> None:
     assert loaded["layers.0.self_attn.qkv.weight"].dtype == torch.bfloat16
 
 
+@shows("the model's conversion cast FP8 weights")
+def cast_by_a_model(tmp_path: Path, enabled: Standin) -> None:
+    def convert(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+        return {name: t.to(torch.bfloat16) for name, t in state_dict.items()}
+
+    enabled.application.NeuronApplicationBase.convert_hf_to_neuron_state_dict = staticmethod(convert)
+    path = write(tmp_path, state_dict())
+    with says("the model's conversion cast FP8 weights"):
+        app_for(enabled, path, quantized=False).checkpoint_loader_fn()
+    loaded = app_for(enabled, path, quantized=False, fp8_rescale={"dequantize": ["*"]}).checkpoint_loader_fn()
+    assert loaded["layers.0.self_attn.q_proj.weight"].abs().max() < 16
+
+
 @shows("... contradicts ...")
 def contradicting(tmp_path: Path, enabled: Standin) -> None:
     path = write(tmp_path, state_dict(plain=("down_proj",)))
