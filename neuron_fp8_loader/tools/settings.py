@@ -15,6 +15,7 @@ from ..checkpoint import open_checkpoint
 from ..codes.formats import METHODS
 from ..errors import CheckpointError, OptionError
 from ..integrations.flag import BLOCKWISE
+from ..integrations.modules import with_bias
 from ..integrations.names import modules_to_not_convert
 from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
@@ -33,6 +34,7 @@ QUANTIZATION_DTYPE = "f8e4m3"
 """The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
 
 _NO_CONFIG = "there is no config.json that can be read here, and the stack needs the model's"
+_BIASED = "NxD quantizes no such layer, so they are loaded as bfloat16"
 _PADDED = (
     "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
     "scale of one value"
@@ -101,6 +103,9 @@ def settings_for(
         notes.append(f"no FP8 weights: {other}")
     config = config_in(directory)
     notes += [_NO_CONFIG] if fp8 and not config else []
+    biased = set(with_bias(plan))
+    if biased:
+        notes.append(f"{len(biased)} FP8 projections of queries, keys and values have a bias: {_BIASED}")
     heads = heads_of(config)
     if tp_degree is not None and fp8 and heads is not None:
         notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
@@ -111,6 +116,8 @@ def settings_for(
         plan, tp_degree, moe_tp_degree, moe_ep_degree, blockwise=quantization_type == BLOCKWISE
     )
     neuron_config |= shares
+    floats = dequantized_experts(plan) if chosen and chosen.floats else set()
+    floats |= {pair.weight for pair in plan.pairs if pair.module in biased}
     if fp8:
         neuron_config |= {
             "quantized": True,
@@ -118,9 +125,7 @@ def settings_for(
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
             **(chosen.blocks if chosen else {}),
-            "modules_to_not_convert": modules_to_not_convert(
-                unfused(plan), dequantized_experts(plan) if chosen and chosen.floats else ()
-            ),
+            "modules_to_not_convert": modules_to_not_convert(unfused(plan), floats),
             "fp8_rescale": flag_value(method, floats=bool(chosen and chosen.floats)),
         }
     return Settings(
