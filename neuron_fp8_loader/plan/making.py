@@ -15,6 +15,7 @@ from ..conventions.qkv import Interleaved
 from ..errors import PlanError, Shown, printable
 from ..host.cache import cached
 from ..options import Options, What
+from .experts import as_they_lie
 from .plan import ActivationScale, Pair, Plan
 from .qkv import disagreement, interleaved, with_chunks
 from .recipe import Recipe, make_recipe
@@ -118,6 +119,7 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
     if problems:
         raise PlanError(source, problems)
+    pairs = as_they_lie(pairs, tensors)
     lies: dict[str, Interleaved] = {}
     disagreements: list[str] = []
     try:
