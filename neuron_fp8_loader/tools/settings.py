@@ -23,7 +23,7 @@ from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
 from .expert_types import EXPERTS, dequantized_experts, expert_type, flag_value, has_experts
-from .heads import heads_of
+from .heads import heads_of, pads_mlp
 from .moe_settings import moe_settings
 from .others import other_kind
 
@@ -36,8 +36,8 @@ QUANTIZATION_DTYPE = "f8e4m3"
 _NO_CONFIG = "there is no config.json that can be read here, and the stack needs the model's"
 _BIASED = "NxD quantizes no such layer, so they are loaded as bfloat16"
 _PADDED = (
-    "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
-    "scale of one value"
+    "one scale a tensor, which the flag expands exactly to one an output row: NxD pads weights at this degree, and "
+    "cannot pad a scale of one value"
 )
 
 
@@ -107,9 +107,10 @@ def settings_for(
     if biased:
         notes.append(f"{len(biased)} FP8 projections of queries, keys and values have a bias: {_BIASED}")
     heads = heads_of(config)
-    if tp_degree is not None and fp8 and heads is not None:
-        notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
-        if heads.pads_scales(tp_degree) and quantization_type == "per_tensor_symmetric":
+    if tp_degree is not None and fp8:
+        notes += filter(None, [heads.what_happens(tp_degree, plan.source)] if heads else [])
+        pads = (heads is not None and heads.pads_scales(tp_degree)) or pads_mlp(plan, tp_degree)
+        if pads and quantization_type == "per_tensor_symmetric":
             quantization_type, layout = "per_channel_symmetric", _PADDED
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
     shares, more = moe_settings(
