@@ -148,7 +148,7 @@ def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], l
         if len(info.shape) == 3 and info.dtype in _PLAIN and _EXPERT.search("." + name)  # fused experts: no `.weight`
     ]
     plain += [name for name in plan.tensors if _VECTORS.search(name)]
-    tied = any(_EMBEDDING.search(name) for name in plain) and not any(
+    tied = any(_EMBEDDING.search(name) for name in (*plain, *fp8)) and not any(  # FP8 ones are loaded as bfloat16
         _PREFIX.sub("", name) == "lm_head" for name in (*plain, *fp8)
     )
     if tied:
