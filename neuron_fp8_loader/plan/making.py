@@ -114,6 +114,8 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 dtype = tensors[scale].dtype
                 if dtype not in SCALE_DTYPES:
                     problems.append(f"{name}: its scale {scale} is {dtype}; expected one of {', '.join(SCALE_DTYPES)}")
+                elif info.numel and not tensors[scale].numel:
+                    problems.append(f"{name}: its scale {scale} is empty, {list(tensors[scale].shape)}; save it whole")
                 covers = _granularity(info, tensors[scale], rule, declared)
                 module = rule.module_of(name) or name
                 pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
