@@ -183,6 +183,7 @@ def test_scales_kept_beside_a_layout(tmp_path: object) -> None:
     ("error", "words"),
     [
         (KeyError("layers.0.self_attn.Wqkv.scale"), "fused_qkv=False"),
+        (KeyError("layers.0.self_attn.q_proj.scale"), r"have a bias.*\*\.self_attn\.\*.*fused_qkv=False"),
         (KeyError("layers.0.mlp.up_proj.scale"), "Leave modules_to_not_convert out"),
         (RuntimeError("Cannot find layers.0.mlp.x.scale in state_dict"), "no scale came for it"),
     ],
