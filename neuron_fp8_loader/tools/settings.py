@@ -5,13 +5,13 @@ Made from headers alone.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import open_checkpoint
+from ..checkpoint.regular import LONGEST_CONFIG, read_json
 from ..codes.formats import METHODS
 from ..errors import CheckpointError, OptionError
 from ..integrations.flag import BLOCKWISE
@@ -262,7 +262,7 @@ def _model_type(directory: Path) -> str | None:
 def config_in(directory: Path) -> dict[str, Any]:
     """config.json; empty where there is none that can be read."""
     try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointError):
+        found = read_json(directory / "config.json", LONGEST_CONFIG)
+    except (OSError, CheckpointError):
         return {}
     return found if isinstance(found, dict) else {}
