@@ -22,7 +22,7 @@ from ..load.state_dict import rescale_by
 from ..options import Options
 from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
 from .check import check_ready, is_weight
-from .complete import check_complete, codes_as_values, scales_of
+from .complete import as_their_layers, check_complete, codes_as_values, scales_of
 from .experts import parts_of
 from .explain import explained
 from .flag import BLOCKWISE, FLAG, dequantized, experts_apart, options_for, parse, quantization_type
@@ -222,11 +222,13 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
                 raise codes_as_values(Shown(path), fp8) from error
             raise
         converted.update(only_of(converted, placed))
+        threads = Options.of(session.options).thread_count()
         if session.quantized:
             rows.attach(converted, Shown(path))
         if parts:
             form = Form.of(config.neuron_config, session.modules)
-            attach_scales(converted, parts, form, Shown(path), Options.of(session.options).thread_count())
+            attach_scales(converted, parts, form, Shown(path), threads)
+        as_their_layers(converted, session.modules, Shown(path), threads)
         return converted
 
     namespace = {

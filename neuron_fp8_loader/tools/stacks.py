@@ -10,6 +10,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OptionError, PlanError
 from ..integrations.flag import LAYOUTS
 from ..integrations.modules import patterns, with_bias
+from ..integrations.names import never_quantized
 from ..integrations.vllm_neuron.design import Design, design_for
 from ..options import Options
 from ..plan import Plan, Recipe, recipe_for
@@ -67,9 +68,9 @@ def aim_for(checkpoint: Checkpoint, stack: str | None, given: Mapping[str, Any])
     if stack == PLUGIN:
         return _plugin(checkpoint, own, recipe, "layout" in given)
     options = own if "layout" in given else replace(own, layout=_layout(recipe.plan))
-    biased = [name for name in with_bias(recipe.plan) if options.layout != "keep"]
-    if biased:  # NxD's quantized layers take no bias there
-        options = replace(options, dequantize=[*options.dequantize, *patterns(recipe.plan, biased)])
+    if options.layout != "keep":
+        floats = {*with_bias(recipe.plan), *never_quantized(recipe.plan)}
+        options = replace(options, dequantize=[*options.dequantize, *patterns(recipe.plan, floats)])
     try:
         return Aim(stack, options, recipe_for(checkpoint, options))
     except PlanError as error:
