@@ -15,7 +15,7 @@ from support import header, random_codes, same_bytes, save, save_shards, write_i
 
 from neuron_fp8_loader import load_checkpoint, load_file, load_state_dict, plan_checkpoint
 from neuron_fp8_loader.checkpoint import open_checkpoint
-from neuron_fp8_loader.errors import CheckpointError, OptionError
+from neuron_fp8_loader.errors import CheckpointError, OptionError, PlanError
 from neuron_fp8_loader.tools.copying import Form, config_after
 from neuron_fp8_loader.tools.export import ExportError, prepare_export
 from neuron_fp8_loader.tools.settings import config_in
@@ -308,3 +308,20 @@ def test_what_looks_like_something_else(tmp_path, monkeypatch):
 def test_a_path_of_bytes(tmp_path):
     with pytest.raises(OptionError, match="expected a path, not a bytes"):
         open_checkpoint(os.fsencode(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2**40, 0), (2**40, 4, 0), (2**40, 0, 4)], ids=str)
+def test_rows_without_values_size_no_scales(tmp_path, shape):
+    """A file of 200 bytes would ask for terabytes."""
+    content = {
+        name: {"dtype": dtype, "shape": list(size), "data_offsets": [0, end]}
+        for name, dtype, size, end in (("m", "F8_E4M3", shape, 0), ("m_weight_scale", "F32", (1,), 4))
+    }
+    (tmp_path / "model.safetensors").write_bytes(header(content, bytes(4)))
+    transposed = shape == (2**40, 4, 0)  # [experts, in, out] by its convention: there are no rows
+    if transposed:
+        assert load_state_dict(tmp_path, layout="per_channel")["m_weight_scale"].shape == (2**40, 1, 0)
+        return
+    with pytest.raises(PlanError, match="rows without values"):
+        load_state_dict(tmp_path, layout="per_channel")
+    assert load_state_dict(tmp_path)["m"].shape == shape

@@ -293,6 +293,9 @@ class _Block:
         told = (
             pair.transposed and scale[:1] == (experts,) and covers.kind == "unknown"
         )  # square, but for its convention
+        if not inputs and experts and outputs:
+            self.done.problems.append(f"{pair.weight}: has shape {list(info.shape)}, rows without values")
+            return scale
         if covers.kind in ("tensor", "column") or (told and sorted(scale[1:]) in ([outputs], [1, outputs])):
             return experts, 1, outputs
         if covers.kind != "block" or covers.block is None:
