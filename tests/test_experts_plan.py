@@ -199,3 +199,35 @@ def test_planning_grows_with_the_number_of_experts():
     one = seconds(2, 256)
     assert seconds(4, 256) < 3.2 * one
     assert seconds(2, 512) < 3.2 * one
+
+
+@pytest.mark.parametrize("kind", ["_scale_inv", "_weight_scale"])
+@pytest.mark.parametrize("inputs_first", [True, False])
+def test_shapes_say_how_stacks_lie_whatever_their_names(kind, inputs_first):
+    """Qwen3-VL-MoE has transformers' names and [experts, in, out]."""
+    experts, hidden, inner = 2, 128, 192
+    shapes = {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
+    sd = {}
+    for name, (inputs, outputs) in shapes.items():
+        matrix = (inputs, outputs) if inputs_first else (outputs, inputs)
+        sd[f"{EXPERTS}.{name}"] = random_codes((experts, *matrix))
+        sd[f"{EXPERTS}.{name}{kind}"] = torch.rand(experts, -(-matrix[0] // 64), -(-matrix[1] // 64)) + 0.5
+    out = rescale_state_dict(sd, layout="per_channel")
+    for name, (_, outputs) in shapes.items():
+        shape = (experts, 1, outputs) if inputs_first else (experts, outputs, 1)
+        assert out[f"{EXPERTS}.{name}{kind}"].shape == shape
+    fused = rescale_state_dict(sd, layout="per_channel", experts="fused")
+    for name, (_, outputs) in shapes.items():
+        scale = fused[f"{BLOCK}.expert_mlps.mlp_op.{name}.scale"]
+        assert torch.equal(scale, out[f"{EXPERTS}.{name}{kind}"].reshape(experts, 1, outputs))
+
+
+@pytest.mark.parametrize("names", [("moe.gate_proj", "moe.down_proj"), ("block_sparse_moe.input_linear",)])
+def test_stacks_of_a_family_that_is_not_known_are_not_passed_over(names):
+    """Step-3 and Granite."""
+    sd = {}
+    for name in names:
+        sd[f"model.layers.0.{name}.weight"] = random_codes((4, 32, 64))
+        sd[f"model.layers.0.{name}.weight_scale"] = torch.rand(4, 32, 1) + 0.5
+    problems = refused(sd)
+    assert [p.partition(": is float8_e4m3fn [4, 32, 64]; ")[0] for p in problems] == list(sd)[::2]

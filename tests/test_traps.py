@@ -484,6 +484,40 @@ def test_15_float16_overflow_is_an_error() -> None:
 
 
 # 16. ignore lists are advisory
+@pytest.mark.parametrize(
+    ("scale", "fits"),
+    [
+        (torch.tensor(2.0**118), True),
+        (torch.tensor(2.0**120), False),
+        (torch.tensor(-(2.0**120), dtype=torch.bfloat16), False),
+        (torch.tensor(1e300, dtype=torch.float64), False),
+        (torch.tensor(246, dtype=torch.uint8), True),
+        (torch.tensor(247, dtype=torch.uint8), False),
+    ],
+    ids=str,
+)
+def test_15_no_weight_becomes_an_infinite_bfloat16(scale: torch.Tensor, fits: bool) -> None:
+    sd = {
+        "a.weight": codes(0x7E, 0x08).reshape(1, 2),
+        "a.weight_scale": scale,
+        "b.weight": codes(0x7E, 0x08).reshape(1, 2),
+    }
+    sd["b.weight_scale"] = torch.ones((), dtype=scale.dtype)
+    if fits:
+        assert rescale_state_dict(sd, dequantize=["*"])["a.weight"].isfinite().all()
+        return
+    with pytest.raises(ScaleError, match=r"a\.weight_scale: 1 of 1 scale values take codes of its weight beyond"):
+        rescale_state_dict(sd, dequantize=["*"])
+    assert rescale_state_dict(sd, dequantize=["*"], nan="keep")["a.weight"].isinf().any()
+
+
+def test_15_an_empty_scale_makes_up_for_nothing() -> None:
+    sd = {"a.weight": codes(0x7E, 0x08).reshape(1, 2), "a.weight_scale": torch.empty(0)}
+    with pytest.raises(PlanError, match=r"a\.weight: its scale a\.weight_scale is empty, \[0\]"):
+        rescale_state_dict(sd)
+    assert rescale_state_dict({**sd, "a.weight": codes().reshape(0, 4)})
+
+
 def test_16_the_dtype_counts_and_not_the_ignore_list(tmp_path: Path) -> None:
     before = made({"indexer.wk.weight": "fp8 8 8", "indexer.wk.weight_scale_inv": "f32 1 1"})
     section = {"quant_method": "fp8", "modules_to_not_convert": ["indexer.wk"], "ignored_layers": ["indexer.wk"]}

@@ -127,11 +127,19 @@ def _matrix(rows: int, columns: int, scale: Shape, declared: tuple[int, int] | N
     if block is None or scale != (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
         # a declared size that does not fit may be another tensor's (mixed checkpoints), so only whole blocks count
         block = (_block(rows, scale[0], ragged=declared is None), _block(columns, scale[1], ragged=declared is None))
+        if block[0] != block[1] and 1 not in block and _is_turned(rows, columns, scale):
+            return UNKNOWN
     # numbers from a config size memory later on: no block is larger than what it covers
     block = (_clamped(block[0], rows), _clamped(block[1], columns))
     if 0 in block:
         return UNKNOWN
     return Granularity("block", block, mx=e8m0 and block[1] == 32)
+
+
+def _is_turned(rows: int, columns: int, scale: Shape) -> bool:
+    """Would the scale be one of square blocks if it were transposed? Then it does not lie as its weight does."""
+    down, across = _block(columns, scale[0], ragged=True), _block(rows, scale[1], ragged=True)
+    return down == across > 1
 
 
 def _clamped(block: int, size: int) -> int:

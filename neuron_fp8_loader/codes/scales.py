@@ -30,6 +30,24 @@ def check_scale(scale: torch.Tensor, where: str) -> None:
         )
 
 
+_LARGEST_CODE = 448.0
+
+
+def check_floats(scale: torch.Tensor, where: str) -> None:
+    """Raise ScaleError where a finite scale times the largest code is beyond bfloat16: an inf on the device."""
+    scale = scale.detach()
+    if is_e8m0(scale):
+        bad = count(lambda raw: (raw > 246) & (raw < 255), scale.view(torch.uint8))
+    else:
+        most = torch.finfo(torch.bfloat16).max / _LARGEST_CODE
+        bad = count(lambda part: torch.isfinite(part) & (part.abs() > most), scale)
+    if bad:
+        raise ScaleError(
+            f"{where}: {bad} of {scale.numel()} scale values take codes of its weight beyond bfloat16; a scale this "
+            'large is not plausible; nan="keep" lets them through'
+        )
+
+
 def rescaled(scale: torch.Tensor, table: Table, where: str, *, reciprocal: bool = False) -> torch.Tensor:
     """``scale`` times the table's factor (divided by it for a ``reciprocal``), as a new tensor.
 

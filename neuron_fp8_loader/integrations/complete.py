@@ -1,15 +1,23 @@
-"""After a model's conversion: has every FP8 weight its scale, and every scale its weight?"""
+"""After a model's conversion: has every FP8 weight its scale and a layer that takes it, and every scale its weight?"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
+
+from ..codes.dequantize import dequantize
+from ..codes.granularity import granularity
 from ..conventions import module_of
 from ..errors import WeightError, listing
 from .check import is_weight
+from .modules import Modules
 from .names import short_name
+
+log = logging.getLogger("neuron_fp8_loader")
 
 ENDINGS = (".scale", ".weight_scale", ".weight_scale_inv", "_scale_inv")
 
@@ -22,6 +30,30 @@ def scales_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
             module = module_of(name)
             found.update({short_name(module + e): module for e in ENDINGS if module + e in state_dict})
     return found
+
+
+def as_their_layers(state_dict: MutableMapping[str, Any], modules: Modules | None, source: str, threads: int) -> None:
+    """Make FP8 weights bfloat16 whose layers are not quantized, which the checkpoint's names did not tell.
+
+    NxD would cast their codes and leave their scales.
+
+    Args:
+        state_dict: what a model's conversion returned, with the scales where they belong; changed.
+        modules: of the model; None where they are not known.
+        source: the checkpoint, for messages.
+        threads: how many work at once.
+    """
+    found = []
+    names = [] if modules is None else [n for n in state_dict if modules.quantized.get(module_of(n)) is False]
+    for name in names:
+        module, weight = module_of(name), state_dict[name]
+        scale = state_dict.get(f"{module}.scale")
+        if isinstance(scale, torch.Tensor) and is_weight(name, weight, state_dict):
+            state_dict[name] = dequantize(weight, scale, granularity(tuple(weight.shape), tuple(scale.shape)), threads)
+            del state_dict[f"{module}.scale"]
+            found.append(module)
+    if found:
+        log.info("%s: as bfloat16, for NxD does not quantize %s", source, listing("FP8 module", found, 5))
 
 
 def check_complete(

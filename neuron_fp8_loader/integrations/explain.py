@@ -15,6 +15,7 @@ from ..errors import Fp8LoaderError, OptionError
 
 _BFLOAT16 = 'fp8_rescale={{"dequantize": ["{0}"]}} with modules_to_not_convert left out has them as bfloat16'
 
+_QKV_SCALE = re.compile(r"\.self_attn\.[qkv]_proj\.scale$")
 _NO_SCALE = re.compile(r"^Cannot find \S+\.scale in ")
 _SCALE_SHAPES = {"verify_scale_dimension", "_setup_for_scale"}
 """Functions that hold the shape of a scale against its weight: NxD Inference's ``modules/attention/gqa.py``, at the
@@ -34,6 +35,12 @@ def explanation(error: BaseException) -> str | None:
             return (
                 f"{name} is not there: with fused_qkv=True this model takes its attention as bfloat16 only, or its "
                 f"weights without their scales. {_BFLOAT16.format('*.self_attn.*')}; or set fused_qkv=False"
+            )
+        if _QKV_SCALE.search(name):
+            return (
+                f"{name} is not there: with fused_qkv=True, where queries, keys and values are not FP8 (they have a "
+                "bias, or are listed), the model takes no part of its attention so. "
+                f"{_BFLOAT16.format('*.self_attn.*')}; or set fused_qkv=False"
             )
         return f"{name} is not there: its layer is quantized, its weight is not. {_wrong_list()}"
     if isinstance(error, RuntimeError) and _NO_SCALE.match(text):

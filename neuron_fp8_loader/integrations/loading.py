@@ -23,7 +23,7 @@ from ..options import Options
 from ..plan import Pair, Plan, make_plan, make_recipe, plan_checkpoint
 from .cast import Elements
 from .check import check_ready, is_weight
-from .complete import check_complete, codes_as_values, scales_of
+from .complete import as_their_layers, check_complete, codes_as_values, scales_of
 from .converting import quick
 from .experts import parts_of
 from .explain import explained
@@ -232,6 +232,7 @@ def _ready_before_conversion(cls: Any, session: Session, path: str, config: Any)
         if parts:
             form = Form.of(config.neuron_config, session.modules)
             attach_scales(converted, parts, form, Shown(path), threads)
+        as_their_layers(converted, session.modules, Shown(path), threads)
         return converted
 
     namespace = {

@@ -20,7 +20,7 @@ import torch
 from ..codes.formats import E4M3FN
 from ..errors import OptionError, listing
 from ..plan import Plan
-from .names import absorbed, checkpoint_modules, contradictions, paths_of
+from .names import checkpoint_modules, contradictions, never_quantized, paths_of
 
 log = logging.getLogger("neuron_fp8_loader")
 
@@ -199,7 +199,7 @@ def not_quantized(plan: Plan, entries: Collection[str], modules: Modules | None)
         modules: of the model, or None.
     """
     listed = set(contradictions(plan, entries)[0]) | set(with_bias(plan))
-    always = set(absorbed(plan))
+    always = set(never_quantized(plan))
     found = []
     for pair in plan.pairs:
         name = pair.module

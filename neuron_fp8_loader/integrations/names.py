@@ -185,14 +185,24 @@ def checkpoint_modules(plan: Plan, dequantized: Collection[str] = ()) -> list[st
 
 
 def absorbed(plan: Plan) -> list[str]:
-    """The FP8 modules of a checkpoint whose weight a model uses without asking its layer: bfloat16 in every list."""
-    return [pair.module for pair in plan.pairs if _ABSORBED.search(pair.module)]
+    """The FP8 modules of a checkpoint whose weight latent attention uses without asking its layer."""
+    return [pair.module for pair in plan.pairs if _ABSORBED.search(_PREFIX.sub("", pair.module))]
+
+
+def never_quantized(plan: Plan) -> list[str]:
+    """The FP8 modules of a checkpoint that no model has as FP8: routers, embeddings, and those whose weight it uses
+    without asking its layer."""
+    return [pair.module for pair in plan.pairs if _is_never_quantized(pair.module)]
+
+
+def _is_never_quantized(module: str) -> bool:
+    return any(kind.search(_PREFIX.sub("", module)) for kind in (_ABSORBED, _ROUTER, _EMBEDDING))
 
 
 def _modules(plan: Plan, dequantized: Collection[str]) -> tuple[list[_Module], list[_Module]]:
     """(FP8 modules, modules that are not) of the decoder."""
     weights = [*(pair.weight for pair in plan.pairs), *plan.other_formats, *plan.unscaled]
-    plain_too = {*dequantized, *(name for name in weights if _ABSORBED.search(module_of(name)))}
+    plain_too = {*dequantized, *(name for name in weights if _is_never_quantized(module_of(name)))}
     fp8 = [module_of(name) for name in weights if name not in plain_too]
     plain = [*plan.unquantized, *(module_of(name) for name in weights if name in plain_too)]
     plain += [

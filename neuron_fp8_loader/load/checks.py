@@ -8,7 +8,7 @@ import torch
 
 from ..codes.formats import Table
 from ..codes.kernel import Counts, translate
-from ..codes.scales import check_scale, rescaled
+from ..codes.scales import check_floats, check_scale, rescaled
 from ..errors import ScaleError, WeightError, listing
 from ..host.grain import GRAIN
 from ..host.parallel import pieces, run
@@ -108,7 +108,7 @@ def new_scales(recipe: Recipe, tensors: Tensors, verdict: Verdict) -> dict[str, 
         if type(scale) is not torch.Tensor or scale.dtype not in _FLOATS or count > GRAIN // 8:
             settle([step])
             continue
-        kind = (scale.dtype, step.action == "scale" and verdict.applies(step), step.reciprocal)
+        kind = (scale.dtype, step.action, step.action == "scale" and verdict.applies(step), step.reciprocal)
         if sizes.get(kind, 0) + count > GRAIN:
             settle(batches.pop(kind))
             sizes[kind] = 0
@@ -129,6 +129,8 @@ def _scale(recipe: Recipe, step: Step, scale: torch.Tensor, verdict: Verdict, wh
     """The new value of a scale, or None where it stays. Raises ScaleError as ``new_scales``."""
     if recipe.what.nan == "error":
         check_scale(scale, where)
+        if step.action == "drop":
+            check_floats(scale, where)
     if step.action == "scale" and verdict.applies(step):
         return rescaled(scale, recipe.table, where, reciprocal=step.reciprocal)
     return None

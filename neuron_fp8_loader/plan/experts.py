@@ -109,7 +109,8 @@ def _members(plan: Plan, problems: list[str]) -> list[tuple[Located, _Member]]:
             continue
         pair = pairs.get(name)
         located = locate(pair.module if pair else module_of(name))
-        if located is None and not is_among_experts(name):
+        stack = name in plan.fp8_weights and len(info.shape) == 3
+        if located is None and not stack and not is_among_experts(name):
             continue
         if located is None or (pair is None and info.dtype not in ("bfloat16", "float16", "float32")):
             known = "; ".join(f"{'all in one: ' * names.stacked}{', '.join(names.parts)}" for names in FAMILIES)
@@ -117,6 +118,38 @@ def _members(plan: Plan, problems: list[str]) -> list[tuple[Located, _Member]]:
             problems.append(f'{name}: is {info.dtype} {list(info.shape)}; experts="fused" expected {why}')
         else:
             found.append((located, _Member(located.expert, located.part, name, pair)))
+    return found
+
+
+def are_inputs_first(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool | None:
+    """Do the stacks of a block lie as [experts, in, out]? None: shapes that no such two have."""
+    (first, last), other = gate_up[-2:], down[-2:]
+    if gate_up[:-2] == down[:-2]:
+        if first % 2 == 0 and other == (last, first // 2):
+            return False
+        if last % 2 == 0 and other == (last // 2, first):
+            return True
+    return None
+
+
+def as_they_lie(pairs: Sequence[Pair], tensors: Infos) -> list[Pair]:
+    """Pairs whose ``transposed`` is what the shapes of a block's two stacks say, whatever their convention does.
+
+    Qwen3-VL-MoE has the names of transformers' stacks, and inputs before outputs as Llama 4 has.
+    """
+    found = list(pairs)
+    stacks: dict[str, dict[int, int]] = {}
+    for number, pair in enumerate(found):
+        located = locate(pair.module) if len(tensors[pair.weight].shape) == 3 else None
+        if located is not None and located.names.stacked:
+            stacks.setdefault(located.block, {})[located.part] = number
+    for both in stacks.values():
+        if len(both) == 2:
+            gate_up, down = (tensors[found[both[part]].weight].shape for part in (0, 1))
+            inputs_first = are_inputs_first(gate_up, down)
+            if inputs_first is not None:
+                for number in both.values():
+                    found[number] = found[number]._replace(transposed=inputs_first)
     return found
 
 
@@ -201,12 +234,13 @@ class _Block:
     def _transposed(self, gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool | None:
         """Do the weights lie out before in, so that they are to be transposed? The two shapes leave no choice."""
         halves = 2 if self.names.stacked else 1
-        (rows, columns), other = gate_up[-2:], down[-2:]
-        if gate_up[:-2] == down[:-2]:
-            if rows % halves == 0 and other == (columns, rows // halves):
-                return True
-            if self.names.stacked and columns % 2 == 0 and other == (columns // 2, rows):
-                return False
+        rows, columns = gate_up[-2:]
+        if self.names.stacked:
+            inputs_first = are_inputs_first(gate_up, down)
+            if inputs_first is not None:
+                return not inputs_first
+        elif down == (columns, rows):
+            return True
         expected = [*gate_up[:-2], columns, rows // halves]
         self._problem(f"{self.names.parts[-1]}: has shape {list(down)}; expected {expected} beside {list(gate_up)}")
         return None
@@ -259,6 +293,9 @@ class _Block:
         told = (
             pair.transposed and scale[:1] == (experts,) and covers.kind == "unknown"
         )  # square, but for its convention
+        if not inputs and experts and outputs:
+            self.done.problems.append(f"{pair.weight}: has shape {list(info.shape)}, rows without values")
+            return scale
         if covers.kind in ("tensor", "column") or (told and sorted(scale[1:]) in ([outputs], [1, outputs])):
             return experts, 1, outputs
         if covers.kind != "block" or covers.block is None:

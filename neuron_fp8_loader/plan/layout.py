@@ -30,6 +30,11 @@ def scale_shape(pair: Pair, tensors: Infos, layout: str) -> tuple[int, ...] | No
             f'has one scale per {pair.granularity}; layout="per_tensor" would lose it, "per_channel" keeps more '
             '(quantization_type="per_channel_symmetric" in NxD Inference)'
         )
+    if len(weight) in (2, 3) and 0 in weight and 0 not in row_scale_shape(pair, weight):
+        # as many scales as a header likes to say, of no bytes
+        raise ValueError(
+            f'has shape {list(weight)}, rows without values; layout="keep" leaves it and its scale as they are'
+        )
     if len(weight) == 2:
         if kind in ("tensor", "row"):
             return (weight[0], 1)

@@ -15,6 +15,7 @@ from ..conventions.qkv import Interleaved
 from ..errors import PlanError, Shown, printable
 from ..host.cache import cached
 from ..options import Options, What
+from .experts import as_they_lie
 from .plan import ActivationScale, Pair, Plan
 from .qkv import disagreement, interleaved, with_chunks
 from .recipe import Recipe, make_recipe
@@ -113,11 +114,14 @@ def make_plan(tensors: Mapping[str, TensorInfo], source: str, declared: Declared
                 dtype = tensors[scale].dtype
                 if dtype not in SCALE_DTYPES:
                     problems.append(f"{name}: its scale {scale} is {dtype}; expected one of {', '.join(SCALE_DTYPES)}")
+                elif info.numel and not tensors[scale].numel:
+                    problems.append(f"{name}: its scale {scale} is empty, {list(tensors[scale].shape)}; save it whole")
                 covers = _granularity(info, tensors[scale], rule, declared)
                 module = rule.module_of(name) or name
                 pairs.append(Pair(name, scale, rule.name, covers, module, rule.transposed))
     if problems:
         raise PlanError(source, problems)
+    pairs = as_they_lie(pairs, tensors)
     lies: dict[str, Interleaved] = {}
     disagreements: list[str] = []
     try:

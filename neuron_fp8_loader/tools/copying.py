@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.regular import LONGEST_CONFIG, read_json
 from ..conventions import module_of
 from ..errors import PlanError
 from ..plan import Recipe, Step
@@ -104,7 +105,7 @@ def _group(target: str, **scales: Any) -> dict[str, Any]:
 
 def config_after(source: Path, form: Form) -> bytes:
     """config.json of the copy: as it was, but for what it declares of the quantization."""
-    config = json.loads(source.read_text(encoding="utf-8"))
+    config = read_json(source, LONGEST_CONFIG)
     for holder in (config, *(config[part] for part in _PARTS if isinstance(config.get(part), dict))):
         for key in _DECLARED:
             holder.pop(key, None)

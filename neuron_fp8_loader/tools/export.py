@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..checkpoint.regular import LONGEST_CONFIG, read_json
 from ..checkpoint.remote import URL
-from ..errors import ShownPath, WeightError
+from ..errors import CheckpointError, ShownPath, WeightError
 from ..host.parallel import progress
 from ..host.units import size
 from ..load.parts import Parts, refuse_fused
@@ -151,7 +152,7 @@ class Export:
         if self.form.changed and other.name == "config.json":
             try:
                 content = config_after(source, self.form)
-            except (OSError, ValueError, AttributeError):
+            except (OSError, CheckpointError, AttributeError):
                 pass  # nobody can read it: as it is
             else:
                 with beside(target) as file:
@@ -273,10 +274,10 @@ def _resumable(out: Path, checkpoint: Checkpoint, options: Options, stack: str) 
     if not out.is_dir() or all(file.name == STATE + PARTIAL for file in out.iterdir()):
         return {}
     try:
-        state = json.loads((out / STATE).read_text(encoding="utf-8"))
+        state = read_json(out / STATE, LONGEST_CONFIG)
         ours = isinstance(state["convert"], list) and isinstance(state["overflow"], bool)
         ours = ours and isinstance(state["files"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, KeyError, TypeError):
         ours = False
     if not ours:
         raise ExportError(f"{out}: is not empty and not an export of ours; give a new or an empty directory")

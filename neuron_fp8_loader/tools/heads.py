@@ -1,4 +1,4 @@
-"""What NxD Inference does where a tensor parallel degree does not divide a model's heads.
+"""What NxD Inference does where a tensor parallel degree does not divide a model's heads, or the rows of its MLP.
 
 The rules are those of its ``modules/attention/gqa.py`` (``determine_sharding_strategy``,
 ``get_shardable_head_counts``). What comes through was tried: ``ModelBuilder.shard_checkpoint`` of SDK 2.29 on a CPU,
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
+from ..plan import Plan
 
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -71,3 +72,17 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or min(heads, kv_heads) < 1:
         return None
     return Heads(heads, kv_heads)
+
+
+_SHARED_ROWS = ("gate_proj", "up_proj", "lm_head")
+_SHARED_COLUMNS = ("down_proj",)
+
+
+def pads_mlp(plan: Plan, tp_degree: int) -> bool:
+    """Does NxD pad an FP8 weight of an MLP or the head with zeros, and its scales as if they were as many?"""
+    for pair in plan.pairs:
+        shape, last = plan.tensors[pair.weight].shape, pair.module.rpartition(".")[2]
+        axis = 0 if last in _SHARED_ROWS else 1 if last in _SHARED_COLUMNS else None
+        if axis is not None and len(shape) == 2 and shape[axis] % tp_degree:
+            return True
+    return False

@@ -211,5 +211,6 @@ def _least_batch(experts: Experts) -> int | None:
 
 
 def _divisors(number: int) -> str:
-    found = [n for n in range(1, number + 1) if number % n == 0]
+    # no model has so many experts that the first divisors are not among these
+    found = [n for n in range(1, min(number, 1 << 16) + 1) if number % n == 0]
     return ", ".join(map(str, found[:8])) + (" ..." if len(found) > 8 else "")

@@ -5,16 +5,17 @@ Made from headers alone.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import open_checkpoint
+from ..checkpoint.regular import LONGEST_CONFIG, read_json
 from ..codes.formats import METHODS
 from ..errors import CheckpointError, OptionError
 from ..integrations.flag import BLOCKWISE
+from ..integrations.modules import with_bias
 from ..integrations.names import modules_to_not_convert
 from ..integrations.vllm_neuron.design import design_for
 from ..integrations.vllm_neuron.flag import ENV, QUANTIZATION, target
@@ -22,7 +23,7 @@ from ..options import Options
 from ..plan import Plan, plan_for
 from ..plan.qkv import unfused
 from .expert_types import EXPERTS, ExpertType, dequantized_experts, expert_type, flag_value
-from .heads import heads_of
+from .heads import heads_of, pads_mlp
 from .moe_settings import moe_settings
 from .others import other_kind
 
@@ -33,9 +34,10 @@ QUANTIZATION_DTYPE = "f8e4m3"
 """The one spelling for which NxD Inference gives the compiler ``--experimental-unsafe-fp8e4m3fn-as-fp8e4m3``."""
 
 _NO_CONFIG = "there is no config.json that can be read here, and the stack needs the model's"
+_BIASED = "NxD quantizes no such layer, so they are loaded as bfloat16"
 _PADDED = (
-    "one scale a tensor, which the flag expands exactly to one an output row: NxD pads heads here, and cannot pad a "
-    "scale of one value"
+    "one scale a tensor, which the flag expands exactly to one an output row: NxD pads weights at this degree, and "
+    "cannot pad a scale of one value"
 )
 
 
@@ -99,16 +101,22 @@ def settings_for(
         notes.append(f"no FP8 weights: {other}")
     config = config_in(directory)
     notes += [_NO_CONFIG] if fp8 and not config else []
+    biased = set(with_bias(plan))
+    if biased:
+        notes.append(f"{len(biased)} FP8 projections of queries, keys and values have a bias: {_BIASED}")
     heads = heads_of(config)
-    if tp_degree is not None and fp8 and heads is not None:
-        notes += filter(None, [heads.what_happens(tp_degree, plan.source)])
-        if heads.pads_scales(tp_degree) and quantization_type == "per_tensor_symmetric":
+    if tp_degree is not None and fp8:
+        notes += filter(None, [heads.what_happens(tp_degree, plan.source)] if heads else [])
+        pads = (heads is not None and heads.pads_scales(tp_degree)) or pads_mlp(plan, tp_degree)
+        if pads and quantization_type == "per_tensor_symmetric":
             quantization_type, layout = "per_channel_symmetric", _PADDED
     neuron_config: dict[str, Any] = {} if tp_degree is None else {"tp_degree": tp_degree}
     shares, more = moe_settings(
         plan, tp_degree, moe_tp_degree, moe_ep_degree, blockwise=quantization_type == BLOCKWISE
     )
     neuron_config |= shares
+    floats = dequantized_experts(plan) if chosen and chosen.floats else set()
+    floats |= {pair.weight for pair in plan.pairs if pair.module in biased}
     if fp8:
         neuron_config |= {
             "quantized": True,
@@ -116,9 +124,7 @@ def settings_for(
             "quantization_dtype": QUANTIZATION_DTYPE,
             "quantization_type": quantization_type,
             **(chosen.blocks if chosen else {}),
-            "modules_to_not_convert": modules_to_not_convert(
-                unfused(plan), dequantized_experts(plan) if chosen and chosen.floats else ()
-            ),
+            "modules_to_not_convert": modules_to_not_convert(unfused(plan), floats),
             "fp8_rescale": flag_value(method, floats=bool(chosen and chosen.floats)),
         }
     return Settings(
@@ -253,7 +259,7 @@ def _model_type(directory: Path) -> str | None:
 def config_in(directory: Path) -> dict[str, Any]:
     """config.json; empty where there is none that can be read."""
     try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointError):
+        found = read_json(directory / "config.json", LONGEST_CONFIG)
+    except (OSError, CheckpointError):
         return {}
     return found if isinstance(found, dict) else {}

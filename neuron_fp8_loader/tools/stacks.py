@@ -10,7 +10,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OptionError, PlanError
 from ..integrations.flag import LAYOUTS
 from ..integrations.modules import experts_of, one_each, patterns, with_bias
-from ..integrations.names import absorbed
+from ..integrations.names import never_quantized
 from ..integrations.vllm_neuron.design import Design, design_for
 from ..options import Options
 from ..plan import Plan, Recipe, recipe_for
@@ -92,8 +92,8 @@ def _under_the_flag(plan: Plan, experts: ExpertType | None, options: Options) ->
     """What the flag adds to the options of a load, as far as headers tell."""
     if options.layout == "keep":
         return options
-    # NxD's quantized layers take no bias there, and are not asked where latent attention multiplies by itself
-    floats = patterns(plan, dict.fromkeys([*with_bias(plan), *absorbed(plan)]))
+    # NxD's quantized layers take no bias there
+    floats = patterns(plan, dict.fromkeys([*with_bias(plan), *never_quantized(plan)]))
     floats += [DEQUANTIZE] if experts and experts.floats else []
     kept = experts_of(plan) if experts and experts.blocks else [*one_each(plan), *one_for_inputs(plan)]
     kept = kept if options.layout == "per_channel" else []

@@ -210,3 +210,14 @@ def test_a_scale_of_one_value_is_not_padded(tmp_path: Path) -> None:
     (path / "config.json").write_text('{"num_attention_heads": 4}')
     kinds = [settings_for(path, tp_degree=tp).neuron_config["quantization_type"] for tp in (2, 3, 8)]
     assert kinds == ["per_tensor_symmetric", "per_channel_symmetric", "per_tensor_symmetric"]
+
+
+def test_a_scale_of_one_value_is_not_padded_with_the_rows_of_an_mlp(tmp_path: Path) -> None:
+    tensors = {}
+    for name, shape in (("gate_proj", (12, 4)), ("up_proj", (12, 4)), ("down_proj", (4, 12))):
+        tensors[f"model.layers.0.mlp.{name}.weight"] = codes(0x7E, shape=shape)
+        tensors[f"model.layers.0.mlp.{name}.weight_scale"] = torch.ones(())
+    path = single(tmp_path / "c", tensors)
+    (path / "config.json").write_text('{"num_attention_heads": 16}')
+    kinds = [settings_for(path, tp_degree=tp).neuron_config["quantization_type"] for tp in (4, 8)]
+    assert kinds == ["per_tensor_symmetric", "per_channel_symmetric"]

@@ -277,6 +277,18 @@ def test_one_shard_alone(tmp_path: Path) -> None:
         assert run("inspect", path / f"model-0000{number}-of-00002.safetensors").exit_code == 0
 
 
+def test_routers_and_embeddings_are_bfloat16_in_a_copy(tmp_path: Path) -> None:
+    tensors = dict(layer(0))
+    for name in ("model.embed_tokens", "model.layers.0.mlp.gate"):
+        tensors |= {f"{name}.weight": codes(*HOT, shape=(32, 16)), f"{name}.weight_scale": torch.full((32, 1), 0.5)}
+    path = single(tmp_path / "c", tensors)
+    prepare_export(path, tmp_path / "out", stack="nxd").run()
+    kinds = {name: t.dtype for name, t in on_disk(tmp_path / "out").items() if name.endswith(".weight")}
+    assert kinds.pop("model.layers.0.mlp.up_proj.weight") == torch.float8_e4m3fn
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert verify_checkpoint(path, stack="nxd").ok
+
+
 # -- mixtures of experts -------------------------------------------------------------------------------------------
 
 MIXTURES = [

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.cli.helpers import run_json
 from tests.integrations.at_hand import FP8, Tensors, dequantized
 from tests.integrations.conftest import Standin
-from tests.support import CONTROLS, REAL, ieee_e4m3, shared
+from tests.support import CONTROLS, REAL, TINY, ieee_e4m3, shared
 
 
 def load(nxdi: Standin, path: Path, *args: object) -> Tensors:
@@ -53,3 +53,16 @@ def test_real_checkpoints(enabled: Standin, name: str) -> None:
     exact = dequantized({n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()})
     found = least(load(enabled, path, "--tp", 4), exact)
     assert found > (25 if any(part in name for part in ("_block", "_pb_wo", "split_shards")) else 50)
+
+
+def test_queries_keys_and_values_with_a_bias_are_listed(enabled: Standin, tmp_path: Path) -> None:
+    tensors = {n: t for file in sorted(TINY.glob("*.safetensors")) for n, t in load_file(file).items()}
+    for name, tensor in list(tensors.items()):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):  # as in Qwen2, GLM-4.5, Seed-OSS
+            tensors[name.removesuffix("weight") + "bias"] = torch.ones(len(tensor), dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    loaded = load(enabled, tmp_path, "--tp", 4)
+    kinds = {n.split(".")[-2]: t.dtype for n, t in loaded.items() if n.endswith("_proj.weight")}
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {"q_proj", "k_proj", "v_proj"}
+    assert least(loaded, dequantized(tensors)) > 100

@@ -10,7 +10,7 @@ import torch
 
 from neuron_fp8_loader import OptionError, load_state_dict
 from neuron_fp8_loader.integrations import modules
-from neuron_fp8_loader.integrations.complete import check_complete
+from neuron_fp8_loader.integrations.complete import as_their_layers, check_complete
 from neuron_fp8_loader.integrations.explain import explained
 from neuron_fp8_loader.integrations.keys import quantizes_itself, reads_scale_inv
 from neuron_fp8_loader.integrations.modules import (
@@ -22,9 +22,10 @@ from neuron_fp8_loader.integrations.modules import (
     patterns,
     with_bias,
 )
+from neuron_fp8_loader.integrations.names import modules_to_not_convert
 from tests.integrations.checkpoints import write
 from tests.integrations.test_names import plan_of
-from tests.support import codes
+from tests.support import codes, ieee_e4m3, random_codes
 
 LLAMA4 = Modules(
     {
@@ -68,6 +69,29 @@ def test_the_class_of_the_module_counts_and_where_it_is_unknown_the_list() -> No
     assert not_quantized(plan, ["layers.0.mlp"], LLAMA4) == [shared, elsewhere]
     assert not_quantized(plan, ["layers.0.mlp"], None) == [elsewhere]
     assert not_quantized(plan, [], LLAMA4) == [shared]
+
+
+def test_routers_and_embeddings_are_never_quantized() -> None:
+    """A router has another name in the model, where its codes would be cast and its scale left."""
+    names = ["model.embed_tokens", *(f"model.layers.0.{block}.gate" for block in ("mlp", "block_sparse_moe"))]
+    plan = plan_of([*names, "model.layers.0.mlp.gate_proj"], [])
+    assert not_quantized(plan, [], None) == names
+    assert modules_to_not_convert(plan) == ["lm_head"]
+
+
+def test_weights_whose_layers_are_not_quantized_become_bfloat16() -> None:
+    weight, scale = random_codes((4, 8), top=0x77), torch.tensor([[1.0], [2.0], [0.5], [3.0]])
+    state = {name: t for m in ("router.linear", "x", "y") for name, t in pair_of(m, weight, scale).items()}
+    as_their_layers(state, Modules({"router.linear": False, "x": True}), "model", 1)
+    assert set(state) == {"router.linear.weight", "x.weight", "x.scale", "y.weight", "y.scale"}
+    exact = torch.from_numpy(ieee_e4m3(weight) * scale.double().numpy())
+    assert torch.equal(state["router.linear.weight"], exact.bfloat16())
+    assert all(state[f"{m}.weight"] is weight for m in "xy")
+    as_their_layers(state, None, "model", 1)
+
+
+def pair_of(module: str, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{module}.weight": weight, f"{module}.scale": scale}
 
 
 def test_queries_with_a_bias_are_never_quantized() -> None:
@@ -183,6 +207,7 @@ def test_scales_kept_beside_a_layout(tmp_path: object) -> None:
     ("error", "words"),
     [
         (KeyError("layers.0.self_attn.Wqkv.scale"), "fused_qkv=False"),
+        (KeyError("layers.0.self_attn.q_proj.scale"), r"have a bias.*\*\.self_attn\.\*.*fused_qkv=False"),
         (KeyError("layers.0.mlp.up_proj.scale"), "Leave modules_to_not_convert out"),
         (RuntimeError("Cannot find layers.0.mlp.x.scale in state_dict"), "no scale came for it"),
     ],

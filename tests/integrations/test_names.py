@@ -108,6 +108,9 @@ def test_experts_and_shared_experts_apart() -> None:
 
 def test_tied_lm_head_is_in_no_file_and_still_named() -> None:
     assert modules_to_not_convert(plan_of(layer(0, "attn", "mlp"), [], tied=True)) == ["lm_head"]
+    fp8 = [*layer(0, "attn", "mlp"), "model.embed_tokens"]  # which NxD does not quantize: it is loaded as bfloat16
+    assert modules_to_not_convert(plan_of(fp8, [], tied=True)) == ["lm_head"]
+    assert modules_to_not_convert(plan_of([*fp8, "lm_head"], [])) == []
 
 
 def test_fp8_lm_head_is_not_named() -> None:
