@@ -40,7 +40,7 @@ def drawn(rows: int, columns: int, kind: str) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("kind", ["plain", "outliers", "zeros", "nan"])
 @pytest.mark.parametrize("block", [BLOCK, (1, 32), (16, 64), (7, 48), (1000, 1000)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 128), (3, 4095), (129, 300), (5, 9000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (3, 4095), (129, 300), (2, 9000)], ids=str)
 def test_rows_are_nearest_and_alike(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], block: tuple[int, int], kind: str
 ) -> None:

@@ -24,7 +24,7 @@ from ..host.grain import GRAIN, entries
 from . import kernel
 from .requantize_torch import choose, largest_codes, look_up
 
-_TILE = 1 << 21  # bytes worked on at a time
+_TILE = 1 << 22  # bytes worked on at a time
 _AT_ONCE = GRAIN // 64  # scales whose candidates are compared at a time
 _GRID = 32  # evenly spaced candidates for a mantissa
 _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, which make those blocks exact
