@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(native is None, reason="no native extension")
 
 HUGE = 2**62
 CODES, OUT = torch.full((4, 6), 0x41, dtype=torch.uint8), torch.full((4, 6), 0x55, dtype=torch.uint8)
-RUNS, TOPS = torch.zeros(4, 2, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
 WIDE, FACTORS = torch.full((4, 6), 7.0, dtype=torch.bfloat16), torch.ones(3, 2)
 SCALES, MANTISSAS = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 ROW_SCALES = torch.zeros(4)
@@ -30,19 +29,6 @@ GOOD: dict[str, dict[str, object]] = {
         "table": HALF.symmetric,
     },
     "histogram": {"src": CODES.data_ptr(), "src_size": 24},
-    "run_max": {
-        "path": "portable",
-        "src": CODES.data_ptr(),
-        "src_size": 24,
-        "rows": 4,
-        "columns": 6,
-        "height": 2,
-        "width": 3,
-        "runs": RUNS.data_ptr(),
-        "runs_size": 8,
-        "blocks": TOPS.data_ptr(),
-        "blocks_size": 4,
-    },
     "requantize": {
         "path": "portable",
         "src": CODES.data_ptr(),
@@ -55,10 +41,8 @@ GOOD: dict[str, dict[str, object]] = {
         "width": 3,
         "scales": SCALES.data_ptr(),
         "scales_size": 32,
-        "mantissas": MANTISSAS.data_ptr(),
-        "mantissas_size": 16,
-        "runs": RUNS.data_ptr(),
-        "runs_size": 8,
+        "errors": ERRORS.data_ptr(),
+        "errors_size": 4 * 4096,
         "row_scales": ROW_SCALES.data_ptr(),
         "row_scales_size": 16,
     },
@@ -169,21 +153,17 @@ def test_a_missing_or_foreign_argument(call: str) -> None:
 
 def test_products_that_wrap_around() -> None:
     """rows x columns is 0 modulo 2**64."""
-    call = GOOD["run_max"] | {"rows": 2**32, "columns": 2**32, "src_size": 0, "runs_size": 0, "blocks_size": 0}
+    call = GOOD["requantize"] | {"rows": 2**32, "columns": 2**32, "src_size": 0, "dst_size": 0}
     with pytest.raises(ValueError, match="larger than any memory"):
-        native.run_max(*call.values())
+        native.requantize(*call.values())
 
 
-@pytest.mark.parametrize(
-    ("which", "value"),
-    [(w, v) for w in ("scales", "mantissas") for v in (-1.0, float("inf"), float("nan"))]
-    + [("scales", 2.0**126), ("mantissas", 0.5), ("mantissas", 2.0)],
-)
-def test_values_out_of_range(which: str, value: float) -> None:
-    values = (SCALES if which == "scales" else MANTISSAS).clone()
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), 2.0**126])
+def test_scales_out_of_range(value: float) -> None:
+    values = SCALES.clone()
     values.view(-1)[1] = value
-    with pytest.raises(ValueError, match=f"{which}: value 1"):
-        native.requantize(*(GOOD["requantize"] | {which: values.data_ptr()}).values())
+    with pytest.raises(ValueError, match="scales: value 1"):
+        native.requantize(*(GOOD["requantize"] | {"scales": values.data_ptr()}).values())
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
@@ -192,13 +172,6 @@ def test_scales_that_have_no_mantissa(value: float) -> None:
     values.view(-1)[1] = value
     with pytest.raises(ValueError, match="scales: value 1"):
         native.best_mantissas(*(GOOD["best_mantissas"] | {"scales": values.data_ptr()}).values())
-
-
-def test_runs_that_are_no_finite_codes() -> None:
-    runs = RUNS.clone()
-    runs[3, 1] = 0x7F
-    with pytest.raises(ValueError, match="runs: 7 is no code"):
-        native.requantize(*(GOOD["requantize"] | {"runs": runs.data_ptr()}).values())
 
 
 def _views() -> dict[str, torch.Tensor]:
@@ -213,18 +186,18 @@ def _views() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("view", _views())
 def test_wrong_tensors(view: str) -> None:
     tensor = _views()[view]
-    good = (CODES, OUT, SCALES, MANTISSAS, RUNS, ROW_SCALES)
-    calls: list[Callable[[], object]] = [lambda: kernel.run_max(tensor, (2, 3))]
+    good = (CODES, OUT, SCALES, ERRORS, ROW_SCALES)
+    calls: list[Callable[[], object]] = [lambda: kernel.best_mantissas(tensor, ERRORS)]
     for place, wrong in (
         (0, tensor),
         (1, tensor),
         (1, OUT[:3]),
         (2, SCALES.float()),
         (2, SCALES[:1]),
-        (3, MANTISSAS[:, None]),
-        (4, RUNS.int()),
-        (5, ROW_SCALES.double()),
-        (5, ROW_SCALES[:3]),
+        (3, ERRORS[:, None]),
+        (3, ERRORS[:-1]),
+        (4, ROW_SCALES.double()),
+        (4, ROW_SCALES[:3]),
     ):
         given = (*good[:place], wrong, *good[place + 1 :])
         calls.append(lambda given=given: kernel.requantize(*given, (2, 3)))
@@ -237,10 +210,7 @@ def test_wrong_tensors(view: str) -> None:
 def test_blocks_larger_than_the_weight(size: int) -> None:
     if kernel.active == "torch":
         pytest.skip("native only")
-    runs, blocks = kernel.run_max(CODES, (size, size))
-    assert torch.equal(runs, CODES.amax(dim=1, keepdim=True))
-    assert torch.equal(blocks, CODES.amax().view(1, 1))
     one = torch.ones(1, 1, dtype=torch.float64)
-    kernel.requantize(CODES, out := torch.zeros_like(CODES), one, one[0], runs, row := torch.zeros(4), (size, size))
+    kernel.requantize(CODES, out := torch.zeros_like(CODES), one, ERRORS, row := torch.zeros(4), (size, size))
     values = out.view(torch.float8_e4m3fn).float() * row[:, None]
     assert torch.equal(values, CODES.view(torch.float8_e4m3fn).float())

@@ -4,20 +4,6 @@ def translate(
     path: str, src: int, src_size: int, dst: int, dst_size: int, table: bytes, /
 ) -> tuple[int, int, int, int]: ...
 def histogram(src: int, src_size: int, /) -> bytes: ...
-def run_max(
-    path: str,
-    src: int,
-    src_size: int,
-    rows: int,
-    columns: int,
-    height: int,
-    width: int,
-    runs: int,
-    runs_size: int,
-    blocks: int,
-    blocks_size: int,
-    /,
-) -> None: ...
 def best_mantissas(
     scales: int,
     scales_size: int,
@@ -41,10 +27,8 @@ def requantize(
     width: int,
     scales: int,
     scales_size: int,
-    mantissas: int,
-    mantissas_size: int,
-    runs: int,
-    runs_size: int,
+    errors: int,
+    errors_size: int,
     row_scales: int,
     row_scales_size: int,
     /,

@@ -105,25 +105,6 @@ def histogram(src: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(counts), dtype=torch.int64)
 
 
-def run_max(src: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest finite magnitude codes, by run (one row of one block) and by block. Native paths only.
-
-    Args:
-        src: uint8 [rows, columns], contiguous, on the CPU.
-        block: (rows, columns) of a block, from 1 up; the last ones may be cut short.
-
-    Returns:
-        uint8 [rows, ceil(columns / block[1])] and [ceil(rows / block[0]), ceil(columns / block[1])].
-    """
-    _expect("src", src, torch.uint8, 2)
-    shape = _grid(src, block)
-    rows, columns, height, width = shape
-    runs = torch.empty(rows, -(-columns // width), dtype=torch.uint8, device="cpu")
-    blocks = torch.empty(-(-rows // height), runs.shape[1], dtype=torch.uint8, device="cpu")
-    _kernel.run_max(active, *_span(src), *shape, *_span(runs), *_span(blocks))
-    return runs, blocks
-
-
 def best_mantissas(scales: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     """As ``codes.requantize.best_mantissas``, which says what it takes. Native paths only.
 
@@ -143,8 +124,7 @@ def requantize(
     src: torch.Tensor,
     dst: torch.Tensor,
     scales: torch.Tensor,
-    mantissas: torch.Tensor,
-    runs: torch.Tensor,
+    errors: torch.Tensor,
     row_scales: torch.Tensor,
     block: tuple[int, int],
 ) -> tuple[float, float]:
@@ -153,8 +133,7 @@ def requantize(
     Args:
         src, dst: uint8 [rows, columns], contiguous, on the CPU; ``dst`` may be ``src``.
         scales: float64 [ceil(rows / block[0]), ceil(columns / block[1])], from 0 up and less than 2^126.
-        mantissas: float64 [ceil(rows / block[0])], from 1 up and less than 2.
-        runs: uint8 [rows, ceil(columns / block[1])], from ``run_max``.
+        errors: as ``best_mantissas`` takes them.
         row_scales: float32 [rows], written.
         block: (rows, columns) of a block, from 1 up.
 
@@ -165,12 +144,11 @@ def requantize(
         ("src", src, torch.uint8, 2),
         ("dst", dst, torch.uint8, 2),
         ("scales", scales, torch.float64, 2),
-        ("mantissas", mantissas, torch.float64, 1),
-        ("runs", runs, torch.uint8, 2),
+        ("errors", errors, torch.float32, 1),
         ("row_scales", row_scales, torch.float32, 1),
     ):
         _expect(name, tensor, dtype, dims)
-    spans = (*_span(scales), *_span(mantissas), *_span(runs), *_span(row_scales))
+    spans = (*_span(scales), *_span(errors), *_span(row_scales))
     return _kernel.requantize(active, *_span(src), *_span(dst), *_grid(src, block), *spans)
 
 

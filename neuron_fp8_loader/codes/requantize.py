@@ -24,7 +24,7 @@ from ..host.grain import GRAIN, entries
 from . import kernel
 from .requantize_torch import choose, largest_codes, look_up
 
-_TILE = 1 << 21  # bytes worked on at a time
+_TILE = 1 << 22  # bytes worked on at a time
 _AT_ONCE = GRAIN // 64  # scales whose candidates are compared at a time
 _GRID = 32  # evenly spaced candidates for a mantissa
 _FROM_SCALES = 32  # further candidates: mantissas of the largest block scales, which make those blocks exact
@@ -88,9 +88,7 @@ def requantize(tile: Tile) -> Fidelity:
     """Requantize one tile, whose block scales are finite, not negative and less than a quarter of float32's range."""
     src, dst, scales, row_scales, block = tile
     if kernel.active != "torch":
-        runs, blocks = kernel.run_max(src, block)
-        mantissas = kernel.best_mantissas(torch.where(blocks > 0, scales, 0.0), _rounding_errors())
-        return Fidelity(*kernel.requantize(src, dst, scales, mantissas, runs, row_scales, block))
+        return Fidelity(*kernel.requantize(src, dst, scales, _rounding_errors(), row_scales, block))
     runs, blocks = largest_codes(src, block)
     mantissas = best_mantissas(torch.where(blocks > 0, scales, 0.0))
     signal, noise = choose(src, scales, mantissas, runs, row_scales, block)
@@ -108,6 +106,8 @@ def best_mantissas(scales: torch.Tensor) -> torch.Tensor:
         float64 [block rows], exact in float32. The expected error counts blocks by their energy (scale squared) and
         takes all significands for equally frequent.
     """
+    if kernel.active != "torch":
+        return kernel.best_mantissas(scales.contiguous(), _rounding_errors())
     rows, across = scales.shape
     step = max(1, _AT_ONCE // max(1, across))
     if rows > step:  # the comparison holds a value a scale and candidate
@@ -140,10 +140,10 @@ def _rounding_errors() -> torch.Tensor:
     """float32 [_STEPS]: for ratios from 1 to 2, the mean squared error of rounding significand x ratio to four bits,
     over the eight significands, in the units before the ratio."""
 
-    def error(ratio: float) -> float:
-        values = [significand * ratio for significand in range(8, 16)]
-        changes = [(round(v) if v < 16 else 2 * round(v / 2)) - v for v in values]
-        return sum(change * change for change in changes) / (ratio * ratio)
-
     # not at import, where it would start threads: a process that forks later must not have any
-    return torch.tensor([error(1 + k / _STEPS) for k in range(_STEPS)], dtype=torch.float32, device="cpu")
+    ratios = 1 + torch.arange(_STEPS, dtype=torch.float64, device="cpu") / _STEPS
+    total = torch.zeros_like(ratios)
+    for significand in range(8, 16):
+        values = significand * ratios
+        total += (torch.where(values < 16, values.round(), 2 * (values / 2).round()) - values).square()
+    return (total / ratios.square()).float()

@@ -232,7 +232,7 @@ class _Load:
         verdict = self._verdict(decisions, counts)
         with uncollected():
             scales = new_scales(recipe, tensors, verdict)
-        check_layout(recipe, tensors)
+            check_layout(recipe, tensors)
         fused.scales(tensors, scales)
         prepared = prepare_layout(rest, tensors, scales, self.threads, inplace=True)
         made = scales | prepared.carry_out(self.threads)

@@ -13,6 +13,7 @@ from ..codes.dequantize import dequantize, scale_values, values
 from ..codes.kernel import place
 from ..codes.requantize import Fidelity, requantize, tiles
 from ..errors import ScaleError, listing
+from ..host.collector import uncollected
 from ..host.grain import copied, count, mapped
 from ..host.memory import allocate, shaped
 from ..host.parallel import run
@@ -95,9 +96,10 @@ def prepare_layout(
             scale = tensors[pair.scale]
             done.made[pair.weight] = dequantize(tensors[pair.weight], scale, pair.granularity, threads)
     done.made |= _without_scale(recipe, tensors)
-    for pair in _pairs(recipe, "requantize"):
-        if pair not in twins:
-            done.parts += [(pair.weight, part) for part in _parts(pair, tensors, done.made, inplace)]
+    with uncollected():
+        for pair in _pairs(recipe, "requantize"):
+            if pair not in twins:
+                done.parts += [(pair.weight, part) for part in _parts(pair, tensors, done.made, inplace)]
     for pair, twin in twins.items():
         for name, other in ((pair.weight, twin.weight), (pair.scale, twin.scale)):
             if other in done.made:

@@ -123,36 +123,13 @@ static PyObject *histogram(PyObject *self, PyObject *args) {
 }
 
 /* A matrix of codes and its blocks: two sizes and what is to lie at the two spans. */
-static int check_grid(const char *what, const Py_ssize_t shape[4], fp8_grid *grid, size_t *codes, size_t *runs,
-                      size_t *all_blocks) {
+static int check_grid(const char *what, const Py_ssize_t shape[4], fp8_grid *grid, size_t *codes, size_t *all_blocks) {
     for (int k = 0; k < 4; k++)
         if (k < 2 ? !check_length(what, shape[k]) : !check_block(what, shape[k])) return 0;
     *grid = (fp8_grid){(size_t)shape[0], (size_t)shape[1], (size_t)shape[2], (size_t)shape[3]};
     const size_t across = blocks(grid->columns, grid->width);
-    return check_product(what, grid->rows, grid->columns, codes) && check_product(what, grid->rows, across, runs) &&
+    return check_product(what, grid->rows, grid->columns, codes) &&
            check_product(what, blocks(grid->rows, grid->height), across, all_blocks);
-}
-
-static PyObject *run_max(PyObject *self, PyObject *args) {
-    const char *name;
-    span src, runs, tops;
-    Py_ssize_t shape[4];
-    fp8_grid grid;
-    size_t n, n_runs, n_blocks;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "sKnnnnnKnKn:run_max", &name, &src.at, &src.size, shape, shape + 1, shape + 2,
-                          shape + 3, &runs.at, &runs.size, &tops.at, &tops.size))
-        return NULL;
-    if (!check_grid("run_max: shape", shape, &grid, &n, &n_runs, &n_blocks) ||
-        !check_span("run_max: src", src, n, 1) || !check_span("run_max: runs", runs, n_runs, 1) ||
-        !check_span("run_max: blocks", tops, n_blocks, 1))
-        return NULL;
-    const int path = path_called(name);
-    if (path < 0) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    fp8_run_max(PATHS[path].requantizer, bytes_at(src), &grid, writable(runs), writable(tops));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
 }
 
 /* Are all of them from `least` up, and below `end`? Others would make tables of nonsense. */
@@ -188,47 +165,34 @@ static PyObject *best_mantissas(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static int check_codes(const char *what, const uint8_t *codes, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        if (codes[i] < FP8_NAN) continue;
-        PyErr_Format(PyExc_ValueError, "%s: %zu is no code of a finite value", what, i);
-        return 0;
-    }
-    return 1;
-}
-
 static PyObject *requantize(PyObject *self, PyObject *args) {
     const char *name;
-    span src, dst, scales, mantissas, runs, row_scales;
+    span src, dst, scales, errors, row_scales;
     Py_ssize_t shape[4];
     fp8_grid grid;
-    size_t n, n_runs, n_blocks;
+    size_t n, n_blocks;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sKnKnnnnnKnKnKnKn:requantize", &name, &src.at, &src.size, &dst.at, &dst.size, shape,
-                          shape + 1, shape + 2, shape + 3, &scales.at, &scales.size, &mantissas.at, &mantissas.size,
-                          &runs.at, &runs.size, &row_scales.at, &row_scales.size))
+    if (!PyArg_ParseTuple(args, "sKnKnnnnnKnKnKn:requantize", &name, &src.at, &src.size, &dst.at, &dst.size, shape,
+                          shape + 1, shape + 2, shape + 3, &scales.at, &scales.size, &errors.at, &errors.size,
+                          &row_scales.at, &row_scales.size))
         return NULL;
-    if (!check_grid("requantize: shape", shape, &grid, &n, &n_runs, &n_blocks) ||
+    if (!check_grid("requantize: shape", shape, &grid, &n, &n_blocks) ||
         !check_span("requantize: src", src, n, 1) || !check_span("requantize: dst", dst, n, 1) ||
         !check_apart("requantize: src and dst", src, dst) ||
         !check_span("requantize: scales", scales, n_blocks, sizeof(double)) ||
-        !check_span("requantize: mantissas", mantissas, blocks(grid.rows, grid.height), sizeof(double)) ||
-        !check_span("requantize: runs", runs, n_runs, 1) ||
+        !check_span("requantize: errors", errors, FP8_ERRORS, sizeof(float)) ||
         !check_span("requantize: row_scales", row_scales, grid.rows, sizeof(float)))
         return NULL;
-    const double *old = (const double *)(uintptr_t)scales.at, *common = (const double *)(uintptr_t)mantissas.at;
+    const double *old = (const double *)(uintptr_t)scales.at;
     /* a row's largest value may be 448 times its scale, and the new scale must be a float */
-    if (!check_values("requantize: scales", old, n_blocks, 0, 0x1p126) ||
-        !check_values("requantize: mantissas", common, blocks(grid.rows, grid.height), 1, 2) ||
-        !check_codes("requantize: runs", bytes_at(runs), n_runs))
-        return NULL;
+    if (!check_values("requantize: scales", old, n_blocks, 0, 0x1p126)) return NULL;
     const int path = path_called(name);
     if (path < 0) return NULL;
     fp8_error error = {0, 0};
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = fp8_requantize(PATHS[path].requantizer, bytes_at(src), writable(dst), &grid, old, common, bytes_at(runs),
-                            (float *)(uintptr_t)row_scales.at, &error);
+    failed = fp8_requantize(PATHS[path].requantizer, bytes_at(src), writable(dst), &grid, old,
+                            (const float *)(uintptr_t)errors.at, (float *)(uintptr_t)row_scales.at, &error);
     Py_END_ALLOW_THREADS
     if (failed) return PyErr_NoMemory();
     return Py_BuildValue("(dd)", error.signal, error.noise);
@@ -303,13 +267,11 @@ static PyMethodDef METHODS[] = {
     {"translate", translate, METH_VARARGS,
      "translate(path, src, src_size, dst, dst_size, table) -> (max, above, lossy, nan); dst 0, 0: count only."},
     {"histogram", histogram, METH_VARARGS, "histogram(src, size) -> bytes: 256 native uint64, how often each byte occurs."},
-    {"run_max", run_max, METH_VARARGS,
-     "run_max(path, src, size, rows, columns, height, width, runs, size, blocks, size): largest finite codes."},
     {"best_mantissas", best_mantissas, METH_VARARGS,
      "best_mantissas(scales, size, rows, columns, errors, size, mantissas, size): one a row of scales."},
     {"requantize", requantize, METH_VARARGS,
-     "requantize(path, src, size, dst, size, rows, columns, height, width, scales, size, mantissas, size, runs, size,"
-     " row_scales, size) -> (signal, noise)."},
+     "requantize(path, src, size, dst, size, rows, columns, height, width, scales, size, errors, size, row_scales,"
+     " size) -> (signal, noise)."},
     {"dequantize", dequantize, METH_VARARGS,
      "dequantize(path, src, size, stride, dst, size, stride, rows, columns, height, width, top, left, scales, size)."},
     {"place", place, METH_VARARGS,

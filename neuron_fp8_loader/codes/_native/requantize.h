@@ -5,6 +5,8 @@
  *   1  the mantissa that suits its block row best, with the smallest exponent that keeps the row within +-240
  * Then the codes are rewritten: a code times block scale over row scale has 127 possible results for a given pair of
  * scales, which are in a table, and most of which are a step away that depends on the code's mantissa alone.
+ *
+ * A run is what a row has of one block. All of a row is done while it is in the first cache.
  */
 #ifndef NEURON_FP8_REQUANTIZE_H
 #define NEURON_FP8_REQUANTIZE_H
@@ -16,8 +18,38 @@
 #define FP8_CANDIDATES 2
 #define FP8_LANES 8 /* single precision sums: one for every 8th code, the same on every path */
 
+typedef struct {
+    size_t rows, columns, height, width; /* the last two of a block */
+} fp8_grid;
+
+/* What vector code works out once for each block of a block row; arrays of `across` and up to 7 more, which are 0. */
+typedef struct {
+    int there;         /* it was worked out */
+    double times;      /* a power of two, about one over the largest scale: what follows is within single precision */
+    float *scale;      /* x times */
+    float *ratio;      /* scale over the mantissa of the second candidate, so all but the power of two of a ratio */
+    float *worth;      /* the ratio's power of two, times the largest change that its mantissa makes */
+    int32_t *exponent; /* of the ratio */
+    uint64_t *squares; /* of the changes of the eight mantissas under it: low bytes of whole numbers, then the high */
+    uint64_t *add;     /* the steps of the eight mantissas under it, less those of the exponent */
+} fp8_known;
+
+/* A block row, and what is known of the row at hand. */
+typedef struct {
+    size_t columns, width, across;
+    const double *scales; /* of the blocks; then zeros, 7 at least */
+    double mantissa;      /* of the second candidate: from 1 up to 2, exact in single precision */
+    uint8_t *top;         /* of each run the largest finite code; then zeros, 7 at least */
+    uint8_t *least;       /* and the smallest but 0. Or 0: it was not looked for, or there are NaN */
+    uint8_t *left;        /* not 0: the run is still to be rewritten */
+    fp8_known known;
+} fp8_band;
+
 /* Largest finite magnitude code of n codes. */
 typedef uint8_t (*fp8_max_fn)(const uint8_t *src, size_t n);
+
+/* Sets top and least of a row. Returns the largest value: a top's times its block scale. */
+typedef double (*fp8_scan_fn)(const uint8_t *src, const fp8_band *band);
 
 /* Adds to sums[0] the squares of the values, and to sums[1 + k] those of the changes that rounding (value x ratio[k])
  * to a code makes, in units of the new scale; NaN codes count for nothing. No product may be above 240 by more than
@@ -32,48 +64,30 @@ typedef struct {
     int exact[FP8_CANDIDATES];            /* all ratios are powers of two, so that measuring rounds nothing */
 } fp8_weighed;
 
-/* What an estimate works out for a ratio, for the next that is a power of two times it; fraction 0: nothing yet. */
-typedef struct {
-    float fraction;
-    uint8_t low[16], high[16];
-} fp8_squares;
+/* Works out `known` for the scales and the mantissa of a band, or leaves it. NULL: never. */
+typedef void (*fp8_know_fn)(fp8_band *band);
 
-#define FP8_KNOWN 64 /* blocks of which what is known is kept from row to row */
-
-/* What measuring the runs of a row gives, within the doubt, without looking at how each code is rounded. scales, runs:
- * of the blocks along the row. NULL: there is no quicker way. */
-typedef void (*fp8_estimate_fn)(const uint8_t *src, size_t columns, size_t width, const double *scales,
-                                const uint8_t *runs, const float candidate[FP8_CANDIDATES],
-                                fp8_squares known[FP8_KNOWN], fp8_weighed *found);
+/* What measuring the runs of a row gives, within the doubt, without looking at how each code is rounded. Called where
+ * `known` is there. Says of nothing that it is exact. */
+typedef void (*fp8_estimate_fn)(const uint8_t *src, const fp8_band *band, const float candidate[FP8_CANDIDATES],
+                                fp8_weighed *found);
 
 /* dst[i] = sign of src[i] | table[magnitude of src[i]]; dst may be src. */
 typedef void (*fp8_look_up_fn)(const uint8_t *src, uint8_t *dst, size_t n, const uint8_t table[FP8_CODES]);
 
-/* The table of one ratio in short: while its results are normal numbers, a code and its result are as far apart as
- * eight codes further up. */
-typedef struct {
-    uint64_t fraction; /* of the ratio, as a double's bits: add is that of all ratios with it; 0: of none */
-    uint8_t add[8];    /* by the code's lowest three bits; modulo 256 */
-    uint8_t more;      /* to be added for the ratio's exponent; modulo 256 */
-    uint8_t first;     /* a multiple of 8: the first code from which on it is so */
-} fp8_steps;
+/* Rewrites those of the runs that are left most of whose codes are a step away; they are not left then. `second`: the
+ * scale is the second candidate. Called where `known` is there; dst may be src. */
+typedef void (*fp8_step_fn)(const uint8_t *src, uint8_t *dst, const fp8_band *band, float after, int second);
 
-/* Makes `steps` those of a ratio. Returns 0 where the table is to be used for all codes. NULL: always. */
-typedef int (*fp8_steps_fn)(double ratio, fp8_steps *steps);
-
-/* dst[i] = src[i] + step, until codes come that want the table, or fewer than are worked on at a time; returns how many
- * were before them. dst may be src. No result may be above 240. */
-typedef size_t (*fp8_step_fn)(const uint8_t *src, uint8_t *dst, size_t n, const fp8_steps *steps);
-
-#define FP8_GROUP ((size_t)32) /* as many at a time, at least */
 #define FP8_RUN ((size_t)4096) /* codes whose squares are added in single precision */
 
 typedef struct {
     fp8_max_fn max;
+    fp8_scan_fn scan;
     fp8_measure_fn measure;
-    fp8_estimate_fn estimate;
     fp8_look_up_fn look_up;
-    fp8_steps_fn steps;
+    fp8_know_fn know; /* and what comes after it: all NULL, or none */
+    fp8_estimate_fn estimate;
     fp8_step_fn step;
 } fp8_requantizer;
 
@@ -87,6 +101,34 @@ FP8_INLINE float fp8_ratio(double scale, float candidate, int *exact) {
     return (float)ratio;
 }
 
+/* The value of a magnitude code, NaN for no number. */
+FP8_INLINE double fp8_value(uint8_t code) {
+    const uint32_t bits = (uint32_t)code << 20;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return (double)(value * 0x1p120f); /* the difference of the exponents' biases; subnormals come out right, too */
+}
+
+/* The magnitude code that value x ratio rounds to, ties to even; if that is above 240, any above it. */
+FP8_INLINE int fp8_nearest(uint8_t code, double ratio) {
+    const double value = fp8_value(code) * ratio, large = value > 0x1p-6 ? value : 0x1p-6;
+    uint64_t bits;
+    double times;
+    memcpy(&bits, &large, sizeof bits);
+    const int exponent = (int)(bits >> 52) - 1023;
+    if (exponent > 7) return FP8_NAN;
+    bits = (uint64_t)(1023 + 3 - exponent) << 52;
+    memcpy(&times, &bits, sizeof times);
+    /* adding a number whose last bit is that of the result rounds */
+    return (exponent + 6) * 8 + (int)((value * times + 0x1p52) - 0x1p52);
+}
+
+/* How many codes run `block` has. */
+FP8_INLINE size_t fp8_length(const fp8_band *band, size_t block) {
+    const size_t left = band->columns - block * band->width;
+    return left < band->width ? left : band->width;
+}
+
 extern const fp8_requantizer fp8_requantizer_portable;
 #ifdef FP8_HAVE_AVX2
 extern const fp8_requantizer fp8_requantizer_avx2;
@@ -96,17 +138,9 @@ extern const fp8_requantizer fp8_requantizer_neon;
 #endif
 
 typedef struct {
-    size_t rows, columns, height, width; /* the last two of a block */
-} fp8_grid;
-
-typedef struct {
     double signal; /* sum of the squares of the values before */
     double noise;  /* sum of the squares of the changes */
 } fp8_error;
-
-/* Largest finite magnitude codes: runs, rows x ceil(columns / width); and blocks, ceil(rows / height) of those. */
-void fp8_run_max(const fp8_requantizer *path, const uint8_t *src, const fp8_grid *grid, uint8_t *runs,
-                 uint8_t *blocks);
 
 #define FP8_ERRORS 4096
 
@@ -115,11 +149,13 @@ void fp8_run_max(const fp8_requantizer *path, const uint8_t *src, const fp8_grid
 void fp8_best_mantissas(const double *scales, size_t rows, size_t across, const float errors[FP8_ERRORS],
                         double *mantissas);
 
-/* scales: of the blocks; mantissas: from 1 up to 2, one a block row; runs: as fp8_run_max gives them.
- * Writes row_scales, rows of them, and dst, which may be src. Returns 0, or -1 when out of memory. */
+/* scales: of the blocks; errors: as above. Writes row_scales, rows of them, and dst, which may be src; adds to `error`.
+ * Returns 0, or -1 when out of memory. */
 int fp8_requantize(const fp8_requantizer *path, const uint8_t *src, uint8_t *dst, const fp8_grid *grid,
-                   const double *scales, const double *mantissas, const uint8_t *runs, float *row_scales,
-                   fp8_error *error);
+                   const double *scales, const float errors[FP8_ERRORS], float *row_scales, fp8_error *error);
+
+/* A path's scan where it has no better one: by its max, with no least. */
+double fp8_scan(fp8_max_fn max, const uint8_t *src, const fp8_band *band);
 
 /* How fp8_requantize picks: the index of the candidate, from the sums of fp8_measure_fn in the values' own units.
  * exact[k]: all of its ratios are powers of two, so that measuring rounded nothing. */

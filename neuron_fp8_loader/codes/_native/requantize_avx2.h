@@ -37,8 +37,12 @@ AVX2 FP8_INLINE __m256 rounding(__m256 x) {
 
 void fp8_measure_avx2(const uint8_t *src, size_t n, const float ratio[FP8_CANDIDATES],
                       double sums[1 + FP8_CANDIDATES]);
-void fp8_estimate_avx2(const uint8_t *src, size_t columns, size_t width, const double *scales,
-                       const uint8_t *runs, const float candidate[FP8_CANDIDATES], fp8_squares known[FP8_KNOWN],
+void fp8_know_avx2(fp8_band *band);
+void fp8_estimate_avx2(const uint8_t *src, const fp8_band *band, const float candidate[FP8_CANDIDATES],
                        fp8_weighed *found);
+
+/* How far up the eight mantissas go when they are rounded under the ratio, less 8 for each power of two in it: a byte
+ * each; and the ratio's exponent. */
+uint64_t fp8_steps_avx2(double ratio, int32_t *exponent);
 
 #endif

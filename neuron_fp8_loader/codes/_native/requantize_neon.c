@@ -1,4 +1,4 @@
-/* The same as the plain C at the end of requantize.c, bit for bit: eight sums, each of every eighth code. */
+/* The same as requantize_portable.c, bit for bit: eight sums, each of every eighth code. */
 #include "requantize.h"
 
 #ifdef FP8_HAVE_NEON
@@ -73,5 +73,8 @@ static void look_up_neon(const uint8_t *src, uint8_t *dst, size_t n, const uint8
     fp8_requantizer_portable.look_up(src + i, dst + i, n - i, table);
 }
 
-const fp8_requantizer fp8_requantizer_neon = {max_neon, measure_neon, NULL, look_up_neon, NULL, NULL};
+static double scan_neon(const uint8_t *src, const fp8_band *band) { return fp8_scan(max_neon, src, band); }
+
+const fp8_requantizer fp8_requantizer_neon = {
+    .max = max_neon, .scan = scan_neon, .measure = measure_neon, .look_up = look_up_neon};
 #endif
