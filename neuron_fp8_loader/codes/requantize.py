@@ -145,5 +145,6 @@ def _rounding_errors() -> torch.Tensor:
     total = torch.zeros_like(ratios)
     for significand in range(8, 16):
         values = significand * ratios
-        total += (torch.where(values < 16, values.round(), 2 * (values / 2).round()) - values).square()
+        unit = torch.where(values < 16, 2.0**52, 2.0**53)  # added, it rounds to 1 or 2: round() starts torch's threads
+        total += (values + unit - unit - values).square()
     return (total / ratios.square()).float()
