@@ -86,18 +86,17 @@ WAYS: dict[str, tuple[Work, int]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [(64, 96), (33, 70), (2, 2), (129, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [E4M3FN, torch.float8_e5m2, torch.uint8], ids=str)
-def test_what_comes_out_is_torchs(way: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_what_comes_out_is_torchs(way: str, dtype: torch.dtype) -> None:
     work, matrices = WAYS[way]
+    casts = dtype != E4M3FN and way in ("as NxD Inference", "by index", "from a stack into a stack")
+    for shape in ((64, 96), (33, 70), (2, 2), (129, 5)):
 
-    def make() -> tuple[Any, ...]:
-        return matrix(*shape, dtype=dtype), matrix(*shape, seed=1, dtype=dtype)
+        def make(shape: tuple[int, int] = shape) -> tuple[Any, ...]:
+            return matrix(*shape, dtype=dtype), matrix(*shape, seed=1, dtype=dtype)
 
-    if dtype != E4M3FN and way in ("as NxD Inference", "by index", "from a stack into a stack"):
-        placed(work, make)  # some of it is a conversion from one dtype to another
-    else:
-        assert placed(work, make, threads=1) == matrices
+        count = placed(work, make, threads=1)
+        assert casts or count == matrices
 
 
 NOT_OURS: dict[str, Work] = {
