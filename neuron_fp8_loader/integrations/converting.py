@@ -145,7 +145,7 @@ def _plain(value: Any) -> bool:
         and value.element_size() == 1
         and value.device.type == "cpu"
         and value.layout == torch.strided
-        and not value.requires_grad
+        and not (value.requires_grad or value.is_quantized)
     )
 
 

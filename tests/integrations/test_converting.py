@@ -121,6 +121,9 @@ NOT_OURS: dict[str, Work] = {
     "all by name": lambda a: torch.cat(tensors=[a.T, a.T], dim=0),
     "not blocking": lambda a: empty(*a.T.shape).copy_(a.T, non_blocking=True),
     "out": lambda a: torch.cat([a.T, a.T], out=empty(2 * a.shape[1], len(a))),
+    "with a zero point": lambda a: torch.quantize_per_tensor(
+        a.float().nan_to_num(), 2.0, 3, torch.qint8
+    ).T.contiguous(),
     "by a mask": lambda a: _set(empty(2, a.shape[1], len(a)), (True, 0), a.T),
     "by a list": lambda a: _set(empty(2, a.shape[1], len(a)), [0], a.T),
     "by None": lambda a: _set(empty(a.shape[1], len(a)), None, a.T),
