@@ -125,8 +125,8 @@ def beside(target: Target) -> Iterator[BinaryIO]:
 
         remove()
         how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(temporary, how, 0o666, dir_fd=directory)
-        try:
+        try:  # an interrupt may come when the file is there and os.open has not returned
+            handle = os.open(temporary, how, 0o666, dir_fd=directory)
             with open(handle, "w+b") as file:
                 yield file
                 file.flush()

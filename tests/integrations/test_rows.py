@@ -131,7 +131,7 @@ def test_memory_is_a_part_of_a_weight(monkeypatch: pytest.MonkeyPatch, zeros: bo
         peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     largest = max(event.cpu_memory_usage for event in profile.function_events)
-    assert 0 < largest <= chunk < weight.nbytes // 8
+    assert 0 < largest < 2 * chunk < weight.nbytes // 4  # a chunk, and the numbers of its rows
     assert 0 < peak < weight.nbytes // 8
 
 
