@@ -276,6 +276,25 @@ def test_sigint_to_the_process(tmp_path: Path) -> None:
     assert same(on_disk(out), load_state_dict(path))
 
 
+def test_an_interrupt_before_the_system_says_that_a_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.open
+
+    def interrupted(path: Any, *args: Any, **kwargs: Any) -> int:
+        handle = really(path, *args, **kwargs)
+        if str(path).endswith("safetensors.partial"):
+            os.close(handle)
+            raise KeyboardInterrupt
+        return handle
+
+    path, out = sharded(tmp_path / "c", layer(0), layer(1)), tmp_path / "out"
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_export(path, out).run()
+    assert not list(out.glob("*.partial"))
+
+
 def test_split_shards_of_a_real_checkpoint(tmp_path: Path) -> None:
     path = shared("derived_split_shards")
     run("export", path / "model.safetensors.index.json", tmp_path / "out", *KEEP)
