@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Objects:
     @cache
     def made(compiler: tuple[str, ...]) -> list[str]:
         directory = tmp_path_factory.mktemp("objects")
-        subprocess.run([*compiler, "-c", *map(str, SOURCES)], check=True, timeout=120, cwd=directory)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for done in threads.map(
+                lambda c: subprocess.run([*compiler, "-c", c], timeout=120, cwd=directory), SOURCES
+            ):
+                done.check_returncode()
         return [str(directory / source.with_suffix(".o").name) for source in SOURCES]
 
     return lambda compiler: made(tuple(compiler))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -196,24 +197,28 @@ def entry_point(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+COMMANDS: list[tuple[tuple[object, ...], int]] = [
+    (("inspect", TINY), 0),
+    (("config", TINY, "--tp", "2"), 0),
+    (("verify", TINY), 0),
+    (("export", TINY, "OUT"), 0),
+    (("inspect", "nothing-there"), 2),
+]
+
+
 @once
-@pytest.mark.parametrize(
-    ("args", "code"),
-    [
-        (("inspect", TINY), 0),
-        (("config", TINY, "--tp", "2"), 0),
-        (("verify", TINY), 0),
-        (("export", TINY, "OUT"), 0),
-        (("inspect", "nothing-there"), 2),
-    ],
-)
-def test_installed_entry_point(tmp_path: Path, args: tuple[object, ...], code: int) -> None:
-    first, second = ([tmp_path / n if a == "OUT" else a for a in args] for n in ("one", "two"))
-    done, here = entry_point(*first), run(*second)
-    assert done.returncode == here.exit_code == code, done.stderr
-    assert steady(done.stdout).replace("/one", "/two") == steady(here.stdout)  # plain text: stdout is a pipe
-    assert "\x1b" not in done.stdout + done.stderr
-    assert done.stderr == here.stderr
+def test_installed_entry_point(tmp_path: Path) -> None:
+    first, second = (
+        [[tmp_path / n if a == "OUT" else a for a in args] for args, _ in COMMANDS] for n in ("one", "two")
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # mostly they import
+        installed = list(threads.map(lambda args: entry_point(*args), first))
+    for (_, code), done, args in zip(COMMANDS, installed, second, strict=True):
+        here = run(*args)
+        assert done.returncode == here.exit_code == code, done.stderr
+        assert steady(done.stdout).replace("/one", "/two") == steady(here.stdout)  # plain text: stdout is a pipe
+        assert "\x1b" not in done.stdout + done.stderr
+        assert done.stderr == here.stderr
 
 
 @once
