@@ -11,9 +11,8 @@ import torch
 from ..errors import CheckpointError, Shown
 
 
-class TensorInfo(
-    NamedTuple
-):  # a checkpoint may have 100,000, and a frozen dataclass takes three times as long to make
+# a checkpoint may have 100,000, and a frozen dataclass takes three times as long to make
+class TensorInfo(NamedTuple):
     """What a header says of one tensor.
 
     Attributes:

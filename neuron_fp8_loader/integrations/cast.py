@@ -58,8 +58,6 @@ class Elements:
 def _are_codes(value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.dim() < 2 or value.is_meta:
         return False
-    for axis, size in enumerate(value.shape):
-        chosen = torch.linspace(0, size - 1, min(size, _LOOKED_AT), device="cpu").round().long()
-        value = value[(slice(None),) * axis + (chosen,)]
-    seen = value.float()
+    chosen = [torch.linspace(0, size - 1, min(size, _LOOKED_AT), device="cpu").round().long() for size in value.shape]
+    seen = value[torch.meshgrid(chosen, indexing="ij")].float()  # at once: a stack's first axis alone is the stack
     return bool((seen.abs() >= _LEAST).any()) and torch.equal(seen.to(E4M3FN).float(), seen)

@@ -20,6 +20,9 @@ FLAG = "fp8_rescale"
 EXPERT_WISE, BLOCKWISE = "expert_wise_per_channel_symmetric", "blockwise_symmetric"
 """The types that only fused experts take."""
 
+FUSED_KERNEL = "moe_fused_nki_kernel_enabled"
+"""NxD's option for its fused kernel, which takes one scale an output row of each expert."""
+
 LAYOUTS = {
     "per_tensor_symmetric": "per_tensor",
     "per_channel_symmetric": "per_channel",

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from .flag import EXPERT_WISE
+from .flag import EXPERT_WISE, FUSED_KERNEL
 
 _KERNEL = "MoEFusedTKG"
-FLAG = "moe_fused_nki_kernel_enabled"
 
 
 def check_fused_kernel(model: torch.nn.Module, neuron_config: Any, source: str) -> None:
@@ -35,17 +34,17 @@ def check_fused_kernel(model: torch.nn.Module, neuron_config: Any, source: str) 
         return
     for path, layer, flag in _read_by_the_kernel(model, int(getattr(neuron_config, "batch_size", 1) or 1)):
         scale, experts = getattr(layer, "scale", None), layer.weight.shape[0]
-        what = f"{source}: {FLAG}={flag}: NxD generates tokens by its fused kernel here, "
+        what = f"{source}: {FUSED_KERNEL}={flag}: NxD generates tokens by its fused kernel here, "
         if scale is None:
             raise OptionError(
                 f"{what}which with quantized=True reads the scales of experts, and {path} is not quantized and has "
-                f"none: the compilation would stop. Set {FLAG}=False, or have the experts FP8: "
+                f"none: the compilation would stop. Set {FUSED_KERNEL}=False, or have the experts FP8: "
                 "name none of them in modules_to_not_convert, and dequantize none"
             )
         if scale.numel() > 1 and tuple(scale.shape[:-1]) != (experts, 1):
             raise OptionError(
                 f"{what}which takes one scale an output row of each expert, and would misread {path}.scale "
-                f'{list(scale.shape)}. Set {FLAG}=False, or quantization_type="{EXPERT_WISE}"'
+                f'{list(scale.shape)}. Set {FUSED_KERNEL}=False, or quantization_type="{EXPERT_WISE}"'
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint import describe, load_bin
 from ..errors import Fp8LoaderError, OptionError, Shown, listing, printable
 from ..plan import Plan, make_plan, plan_checkpoint
-from .flag import BLOCKWISE, FLAG, acts, dequantized, parse
+from .flag import BLOCKWISE, FLAG, FUSED_KERNEL, acts, dequantized, parse
 from .keys import quantizes_itself
 from .modules import experts_of, with_bias
 from .names import absorbed, contradictions, misnamed, modules_to_not_convert, short_name
@@ -196,7 +196,7 @@ def _check_experts(neuron_config: Any, kwargs: Mapping[str, Any], options: Mappi
     """
     hybrid = getattr(neuron_config, "hybrid_sharding_config", None) is not None
     kind = str(getattr(kwargs.get("quantization_type"), "value", kwargs.get("quantization_type")))
-    kernel = bool(kwargs.get("moe_fused_nki_kernel_enabled")) and kind in (BLOCKWISE, "per_channel_symmetric")
+    kernel = bool(kwargs.get(FUSED_KERNEL)) and kind in (BLOCKWISE, "per_channel_symmetric")
     path = kwargs.get("quantized_checkpoints_path")
     if not hybrid and not kernel:
         return
@@ -216,7 +216,7 @@ def _check_experts(neuron_config: Any, kwargs: Mapping[str, Any], options: Mappi
         )
     if fp8:
         raise OptionError(
-            f'moe_fused_nki_kernel_enabled with quantization_type="{kind}": the kernel takes one scale an output row '
+            f'{FUSED_KERNEL} with quantization_type="{kind}": the kernel takes one scale an output row '
             f"of each expert and would misread these; {len(fp8)} matrices of {path} are FP8 experts. Set "
             'quantization_type="expert_wise_per_channel_symmetric", or leave the kernel out'
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..integrations.flag import BLOCKWISE, EXPERT_WISE
+from ..integrations.flag import BLOCKWISE, EXPERT_WISE, FUSED_KERNEL
 from ..integrations.modules import one_each
 from ..plan import Plan
 
@@ -125,7 +125,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
     return {
         "quantization_block_axis": [1, 2],
         "quantization_block_size": list(*found),
-        "moe_fused_nki_kernel_enabled": False,
+        FUSED_KERNEL: False,
     }
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -300,25 +300,35 @@ MIXTURES = [
 ]
 
 
-def under_the_flag(path: Path, experts: str | None) -> dict[str, Any]:
+class Mixture(NamedTuple):
+    """A checkpoint, its exact twin, the form of its scales, and what the commands are asked for."""
+
+    path: Path
+    exact: Path
+    form: str
+    given: tuple[str, ...]
+
+
+@pytest.fixture(params=MIXTURES, ids=lambda mixture: "-".join(map(str, mixture)))
+def mixture(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixture:
+    monkeypatch.setenv(PLATFORM_ENV, "trn2")
+    family, form, experts = request.param
+    return Mixture(*moe_checkpoints.write(tmp_path, family, form), form, ("--experts", experts) if experts else ())
+
+
+def under_the_flag(path: Path, given: tuple[str, ...]) -> dict[str, Any]:
     """The options that a load under the flag has, with what ``config`` prints; the model is not looked at."""
-    given = ("--experts", experts) if experts else ()
     told = SimpleNamespace(**run_json("config", path, *given, code=0)["neuron_config"])
     blocks = experts_apart(told) and told.quantization_type == BLOCKWISE
     session = Session(flag.options_for(told) or {}, blocks=blocks, entries=tuple(told.modules_to_not_convert))
     return session.options_for(plan_checkpoint(path))
 
 
-@pytest.mark.parametrize(("family", "form", "experts"), MIXTURES)
-def test_experts_are_predicted_as_config_has_them_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, form: str, experts: str | None
-) -> None:
+def test_experts_are_predicted_as_config_has_them_loaded(mixture: Mixture) -> None:
     """Which become bfloat16, which keep their blocks, and what that costs."""
-    monkeypatch.setenv(PLATFORM_ENV, "trn2")
-    path, exact = moe_checkpoints.write(tmp_path, family, form)
-    given = ("--experts", experts) if experts else ()
+    path, exact, form, given = mixture
     predicted = run_json("inspect", path, *given, code=0)
-    loaded, twins = load_state_dict(path, **under_the_flag(path, experts)), load_file(exact / "model.safetensors")
+    loaded, twins = load_state_dict(path, **under_the_flag(path, given)), load_file(exact / "model.safetensors")
     noise = signal = 0.0
     for pair in plan_checkpoint(path).pairs:
         weight, scale = loaded[pair.weight], loaded.get(pair.scale)
@@ -345,19 +355,14 @@ def spread(scale: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize(("family", "form", "experts"), MIXTURES)
-def test_a_copy_of_experts_loads_as_the_original(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, form: str, experts: str | None
-) -> None:
-    monkeypatch.setenv(PLATFORM_ENV, "trn2")
-    path, _ = moe_checkpoints.write(tmp_path, family, form)
-    given = ("--experts", experts) if experts else ()
+def test_a_copy_of_experts_loads_as_the_original(tmp_path: Path, mixture: Mixture) -> None:
+    path, _, _, given = mixture
     assert run("export", path, tmp_path / "out", *given).exit_code == 0
     assert plan_checkpoint(tmp_path / "out").warnings == ()
     again, wanted = (
         {
             under_nxd(n, nxd_names(plan_checkpoint(p))): t
-            for n, t in load_state_dict(p, **under_the_flag(p, experts)).items()
+            for n, t in load_state_dict(p, **under_the_flag(p, given)).items()
         }
         for p in (tmp_path / "out", path)
     )
