@@ -36,11 +36,11 @@ def check(rows: int, columns: int, before: int = 0, after: int = 0, dtype: torch
     np.testing.assert_array_equal(given.to(torch.uint8).numpy(), source)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize("columns", [0, 1, 15, 16, 63, 64, 65, 129, 192])
-def test_every_edge_of_a_tile(path, rows, columns):
-    check(rows, columns)
-    check(rows, columns, before=3, after=5)
+def test_every_edge_of_a_tile(path, columns):
+    for rows in (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 200):
+        check(rows, columns)
+        check(rows, columns, before=3, after=5)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (63, 65), (128, 192), (192, 1), (1, 192), (130, 70), (256, 64)])
